@@ -1,0 +1,1 @@
+"""Generative sequential recommendation: SASRec and HSTU blocks over item sequences."""

@@ -1,0 +1,236 @@
+"""Leave-one-out evaluation over all users, baselines for comparison, and top-k prediction.
+
+Legend: B users of a chunk, D embedding dim, I items + 1 (row 0 is padding), E pairs of user and seen item.
+
+Protocol: a user's last event is the test target, the one before it the validation target (Kang and McAuley 2018);
+every other item of the catalogue competes (full ranking, Krichene and Rendle 2020), except, in the filtered protocol,
+those the user has met before. Ties count against the model. The same metric differs three-fold between protocols,
+so `protocol_text` goes with every number.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from apps.seqrec.config import Config
+from apps.seqrec.dataset import Sequences, Spans, Stage, history_end, item_counts, make_batch, query_spans
+from apps.seqrec.dataset import draw_unseen, seen_items
+from apps.seqrec.model import SeqRec
+from shared.device import to_device
+from shared.ranking import Lists, finish, metric_sums, rank_relevant, sampled_candidates_rank, top_k
+from shared.seed import make_generator
+
+USERS_PER_CHUNK = 512
+SAMPLED_NEGATIVES = 100
+SAMPLE_STREAM = 6
+
+
+def protocol_text(sequences: Sequences, stage: Stage, protocol: str) -> str:
+    """What a metric of `evaluate` means, in a sentence."""
+    users = query_spans(sequences, stage, max_len=1).user.numel()
+    target = {"valid": "second to last", "test": "last"}[stage]
+    competitors = {
+        "filtered": f"full ranking over {sequences.num_items:,} items, history filtered",
+        "unfiltered": f"full ranking over {sequences.num_items:,} items, history not filtered",
+        "sampled": f"ranked among {SAMPLED_NEGATIVES} sampled unseen items: not comparable with a full ranking",
+    }[protocol]
+    return f"leave-one-out, {stage} ({target} event), all {users:,} users, {competitors}, ties against the model"
+
+
+def histories(sequences: Sequences, spans: Spans) -> Lists:
+    """Every event before each query, whole histories rather than the window the model sees: CSR over the queries."""
+    first = sequences.ptr[:-1][spans.user]
+    length = spans.end - first
+    ptr = torch.zeros(length.numel() + 1, dtype=torch.int64)
+    torch.cumsum(length, 0, out=ptr[1:])
+    query = torch.repeat_interleave(torch.arange(length.numel()), length)
+    step = torch.arange(query.numel()) - ptr[query]
+    return Lists(ptr, sequences.item[first[query] + step].long())
+
+
+class Queries(NamedTuple):
+    """A chunk of users to rank for."""
+
+    spans: Spans
+    state_BD: Tensor  # their last hidden states, as they enter the dot product
+    seen: Lists  # every item before the query
+
+
+def queries(
+    model: nn.Module, sequences: Sequences, spans: Spans, *, max_len: int, packed: bool, device: torch.device
+) -> Iterator[Queries]:
+    """The users of `spans` in chunks, encoded without gradient by `model` in evaluation mode."""
+    assert isinstance(model, SeqRec)
+    for begin in range(0, spans.user.numel(), USERS_PER_CHUNK):
+        part = Spans(*(column[begin : begin + USERS_PER_CHUNK] for column in spans))
+        batch = to_device(make_batch(sequences, part, packed=packed, row_len=max_len), device)
+        hidden_RLD = model(batch.item, batch.segment, batch.position, batch.time, packed=batch.packed)
+        state_BD = model.query(hidden_RLD.flatten(0, 1).index_select(0, batch.last))
+        yield Queries(part, state_BD, to_device(histories(sequences, part), device))
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    sequences: Sequences,
+    stage: Stage,
+    *,
+    config: Config,
+    packed: bool,
+    protocol: str | None = None,
+    on_users: Callable[[int], None] = lambda done: None,
+) -> dict[str, float]:
+    """HR, NDCG, MRR, recall and precision at every k of the configuration, over all users that `stage` has.
+
+    `protocol` defaults to the configuration's; `protocol_text` says what it means. `on_users` is called between chunks
+    with the number of users done. The model is left in the mode it was in.
+    """
+    assert isinstance(model, SeqRec)
+    training = config.training
+    protocol = protocol or training.protocol
+    device = model.item.weight.device
+    was_training = model.training
+    model.eval()
+    item_ID = model.candidates()
+    spans = query_spans(sequences, stage, max_len=config.data.max_len)
+    sampled = sampled_negatives(sequences, stage, spans, seed=training.seed) if protocol == "sampled" else None
+    sums: dict[str, Tensor] = {}
+    done = 0
+    for chunk in queries(model, sequences, spans, max_len=config.data.max_len, packed=packed, device=device):
+        size = chunk.spans.user.numel()
+        target = sequences.item[chunk.spans.end].long().to(device)
+        relevant = Lists(torch.arange(size + 1, device=device), target)
+        if sampled is not None:
+            negatives = sampled[done : done + size].to(device)
+            rank = sampled_candidates_rank(chunk.state_BD, item_ID, target, negatives)
+        else:
+            exclude = chunk.seen if protocol == "filtered" else None
+            rank = rank_relevant(
+                chunk.state_BD,
+                item_ID,
+                relevant,
+                exclude=exclude,
+                first_item=1,
+                budget_bytes=training.memory_mib << 20,
+            )
+        for name, value in metric_sums(rank, relevant.ptr, ks=training.ks).items():
+            sums[name] = sums[name] + value if name in sums else value
+        done += size
+        on_users(done)
+    model.train(was_training)
+    return finish(sums)
+
+
+def sampled_negatives(sequences: Sequences, stage: Stage, spans: Spans, *, seed: int) -> Tensor:
+    """100 items per user, uniform among those the user never met (target included among the met), [B, 100] int64."""
+    met = seen_items(sequences, "all")
+    user = spans.user[:, None].expand(-1, SAMPLED_NEGATIVES).reshape(-1)
+    generator = make_generator(seed, stream=SAMPLE_STREAM)
+    return draw_unseen(met, user, generator).view(-1, SAMPLED_NEGATIVES)
+
+
+@torch.no_grad()
+def baselines(sequences: Sequences, stage: Stage, *, config: Config) -> dict[str, dict[str, float]]:
+    """What needs no model, under the same protocol: metrics by name of the baseline.
+
+    "popularity" ranks items by training events; "most recent" ranks a user's own items, latest first (all of them are
+    left out under the filtered protocol, where it scores nothing); "successor" ranks items by how often they directly
+    followed the user's most recent item in training, then by popularity.
+    """
+    training = config.training
+    spans = query_spans(sequences, stage, max_len=config.data.max_len)
+    count_I = item_counts(sequences).double()
+    follow = follow_counts(sequences)
+    sampled = sampled_negatives(sequences, stage, spans, seed=training.seed) if training.protocol == "sampled" else None
+    sums: dict[str, dict[str, Tensor]] = {"popularity": {}, "most recent": {}, "successor": {}}
+    rows = max(1, (training.memory_mib << 20) // (8 * 4 * count_I.numel()))
+    for begin in range(0, spans.user.numel(), rows):
+        part = Spans(*(column[begin : begin + rows] for column in spans))
+        seen = histories(sequences, part)
+        size = part.user.numel()
+        target = sequences.item[part.end].long()
+        owner = torch.repeat_interleave(torch.arange(size), seen.ptr[1:] - seen.ptr[:-1])
+        age = torch.arange(owner.numel()) - seen.ptr[owner]
+        recent_BI = torch.zeros(size, count_I.numel(), dtype=torch.float64)
+        recent_BI.view(-1).scatter_reduce_(0, owner * count_I.numel() + seen.item, age + 1.0, "amax")
+        last = sequences.item[part.end - 1].long()
+        length = follow.ptr[last + 1] - follow.ptr[last]
+        owner_of_follow = torch.repeat_interleave(torch.arange(size), length)
+        step = torch.arange(owner_of_follow.numel()) - (torch.cumsum(length, 0) - length)[owner_of_follow]
+        source = follow.ptr[last][owner_of_follow] + step
+        successor_BI = (count_I / (count_I.max() + 1)).repeat(size, 1)
+        successor_BI[owner_of_follow, follow.item[source]] += follow.count[source]
+        scores = {"popularity": count_I.expand(size, -1), "most recent": recent_BI, "successor": successor_BI}
+        for name, score_BI in scores.items():
+            own = score_BI.gather(1, target[:, None])
+            if sampled is not None:
+                rivals = score_BI.gather(1, sampled[begin : begin + rows])
+            else:
+                rivals = score_BI.clone()
+                rivals[:, 0] = -torch.inf
+                if training.protocol == "filtered":
+                    rivals[owner, seen.item] = -torch.inf
+                rivals.scatter_(1, target[:, None], -torch.inf)
+            rank = 1 + (rivals >= own).sum(1)
+            for key, value in metric_sums(rank, torch.arange(size + 1), ks=training.ks).items():
+                sums[name][key] = sums[name][key] + value if key in sums[name] else value
+    return {name: finish(total) for name, total in sums.items()}
+
+
+class FollowCounts(NamedTuple):
+    """How often each item directly followed each other one in the training events."""
+
+    ptr: Tensor  # [I + 1] int64 into item and count
+    item: Tensor  # [P] int64
+    count: Tensor  # [P] float64
+
+
+def follow_counts(sequences: Sequences) -> FollowCounts:
+    """Counts of direct successors, sorted by item."""
+    width = sequences.num_items + 1
+    user = torch.repeat_interleave(torch.arange(sequences.num_users), sequences.ptr[1:] - sequences.ptr[:-1])
+    index = torch.arange(sequences.num_events)
+    index = index[index + 1 < history_end(sequences, "train")[user]]
+    pair, count = torch.unique(
+        sequences.item[index].long() * width + sequences.item[index + 1], return_counts=True
+    )
+    ptr = torch.searchsorted(pair, torch.arange(width + 1) * width)
+    return FollowCounts(ptr, pair % width, count.double())
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    sequences: Sequences,
+    *,
+    k: int,
+    config: Config,
+    packed: bool,
+    keep_seen: bool = False,
+    on_users: Callable[[int], None] = lambda done: None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Chunks of (user [B], item [B, k] int64, score [B, k] float32): the next items after each user's whole history.
+
+    Exact: every item is scored, in chunks of the configured memory. Items of the history are left out unless
+    `keep_seen`; where fewer than k items remain, item is -1 and score -inf.
+    """
+    assert isinstance(model, SeqRec)
+    device = model.item.weight.device
+    model.eval()
+    item_ID = model.candidates()
+    spans = query_spans(sequences, "all", max_len=config.data.max_len)
+    done = 0
+    for chunk in queries(model, sequences, spans, max_len=config.data.max_len, packed=packed, device=device):
+        score, item = top_k(
+            chunk.state_BD,
+            item_ID,
+            k=k,
+            exclude=None if keep_seen else chunk.seen,
+            first_item=1,
+            budget_bytes=config.training.memory_mib << 20,
+        )
+        yield chunk.spans.user, item.cpu(), score.cpu()
+        done += chunk.spans.user.numel()
+        on_users(done)

@@ -1,0 +1,384 @@
+"""The verbs of seqrec, and the only file that knows about flags: builds, then calls.
+
+torch is imported inside the verbs, so that `--help` answers at once.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from apps.seqrec.config import ALIASES, Config
+from shared import cli
+from shared.config import ConfigError, Resolved, dump_yaml, resolve
+
+if TYPE_CHECKING:
+    from apps.seqrec.dataset import Sequences
+    from apps.seqrec.model import SeqRec
+    from apps.seqrec.train import Components
+
+APP = "seqrec"
+PROG = f"python -m apps.{APP}"
+PRESETS = Path(__file__).parent / "configs"
+VERBS = ("train", "evaluate", "predict", "prepare", "check", "export")
+# flags of the verbs, beside those of the configuration, that the original scripts spelled differently
+VERB_ALIASES = {"state-dict-path": "weights"}
+DEMO_NOTE = "demo data: generated sequences with a hidden structure, not a real data set"
+
+typer_app = cli.make_app(APP, "Train, evaluate and use sequential recommenders: SASRec and HSTU blocks in plain PyTorch.")
+options = cli.config_options(Config, presets=PRESETS, aliases=ALIASES)
+
+RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Folder that run folders are made in.", rich_help_panel="Run")]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        "--weights",
+        help="Weights or checkpoint to use (.safetensors, or a .pt state dict); none: the run's best.",
+        rich_help_panel="Run",
+    ),
+]
+RunArgument = Annotated[
+    Path | None, typer.Argument(help="Run folder, as `train` printed it; none: configuration flags and --weights.")
+]
+
+
+def app(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; accepts the original scripts' spellings and exits with 0, 1, 2, 130 or 143."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    only_inference = {"--inference_only", "--inference-only", "--inference_only=True", "--inference-only=True"}
+    if only_inference & set(words):  # the original's spelling of `evaluate`
+        words = [word for word in words if word not in only_inference and word != "train"]
+        words.insert(0, "evaluate")
+    cli.run(
+        typer_app,
+        words,
+        prog_name=PROG,
+        flags_bool=cli.bool_flags(Config),
+        aliases={**ALIASES, **VERB_ALIASES},
+        default_verb="train",
+        verbs=VERBS,
+    )
+
+
+@typer_app.command()
+@options
+def train(
+    resolved: Resolved[Config],
+    name: Annotated[str, typer.Option(help="Name of the run, part of its folder.", rich_help_panel="Run")] = "run",
+    runs_dir: RunsDir = Path("runs"),
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Run folder to go on with, with its own configuration.", rich_help_panel="Run"),
+    ] = None,
+) -> None:
+    """Train a model; without --data-path on built-in demo data."""
+    from apps.seqrec import train as training
+    from shared.amp import NonFiniteError
+    from shared.checkpoint import newest_checkpoint
+    from shared.log import RunLog, StopSignal
+    from shared.progress import Bar
+    from shared.report import build_report
+
+    console = Console(highlight=False, soft_wrap=True)
+
+    def say(line: str) -> None:
+        console.print(line, markup=False)
+
+    if resume is not None:
+        resolved = configuration_of(resume, resolved)
+    sequences, is_demo = load_data(resolved.config, runs_dir)
+    run_dir = resume or cli.new_run_dir(runs_dir, APP, ("demo-" if is_demo else "") + name, now=datetime.now())
+    found = newest_checkpoint(run_dir / "checkpoints", warn=say) if resume is not None else None
+    resume_step = None if resume is None else (found[1]["step"] if found else 0)
+    if resume is None:
+        (run_dir / "config.yaml").write_text(dump_yaml(resolved), encoding="utf-8", newline="\n")
+
+    c = training.build(resolved.config, sequences)
+    settings = resolved.config.training
+    with RunLog(run_dir, say=say, tensorboard=settings.tensorboard, resume_step=resume_step) as log, StopSignal(
+        say=say
+    ) as stop:
+        if is_demo:
+            log.info(f"This is {DEMO_NOTE}; use --data-path for your own.")
+        log.info(describe_run(c, run_dir))
+        total = settings.max_steps or settings.epochs * c.steps_per_epoch
+        with Bar(
+            total=total,
+            done=resume_step or 0,
+            description="train (demo data)" if is_demo else "train",
+            console=console,
+        ) as bar:
+
+            def on_step(note: str | None) -> None:
+                bar.advance(1)
+                if note is not None:
+                    bar.note(note)
+
+            try:
+                outcome = training.fit(c, run_dir, log=log, stop=stop, resume_from=found, on_step=on_step)
+            except NonFiniteError as error:
+                log.warn(str(error))
+                raise typer.Exit(1) from None
+        if outcome.metrics is None:
+            log.info(f"stopped at step {outcome.state.step}; resume with: {PROG} train --resume {run_dir}")
+            raise typer.Exit(stop.exit_code)
+        result = training.write_result(
+            c, run_dir, outcome, notes=[DEMO_NOTE] if is_demo else [], command=shown_command(), git=git_revision()
+        )
+        build_report(run_dir)
+        log.info(f"run folder: {run_dir}; look at it: open {run_dir / 'report.html'} in a browser")
+    print_table(console, result)
+
+
+def describe_run(c: "Components", run_dir: Path) -> str:
+    """One paragraph on what is about to be trained."""
+    data = c.sequences
+    weights = sum(p.numel() for p in c.state.model.parameters())
+    return (
+        f"{data.name}: {data.num_users:,} users, {data.num_items:,} items, {data.num_events:,} events; "
+        f"{weights:,} weights; {c.steps_per_epoch} steps per epoch on {c.device}, "
+        f"{c.amp.precision} ({c.precision_reason}), {'packed' if c.packed else 'padded'} rows; run folder {run_dir}"
+    )
+
+
+def configuration_of(run_dir: Path, given: Resolved[Config]) -> Resolved[Config]:
+    """The configuration a run was started with, overridden by the flags given now."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} is not a run folder: it has no config.yaml; give the folder that `train` printed")
+    if any(not source.startswith(("default", "flag ")) for source in given.sources.values()):
+        raise ConfigError(f"--config and a run folder exclude each other: {path} holds the run's configuration")
+    flags = {
+        key.split(".")[1]: getattr(getattr(given.config, key.split(".")[0]), key.split(".")[1])
+        for key, source in given.sources.items()
+        if source.startswith("flag ")
+    }
+    return resolve(Config, yaml_path=path, yaml_label=str(path), flags=flags, aliases=ALIASES)
+
+
+def load_data(config: Config, runs_dir: Path) -> tuple["Sequences", bool]:
+    """The sequences of --data-path, or the demo data; and whether they are demo data."""
+    from apps.seqrec.demo import write_demo
+    from apps.seqrec.formats import read_sequences
+
+    if config.data.data_path is None:
+        return read_sequences(write_demo(runs_dir / APP / "demo-data")), True
+    return read_sequences(Path(config.data.data_path), format=config.data.format), False
+
+
+@typer_app.command()
+@options
+def evaluate(
+    resolved: Resolved[Config],
+    run: RunArgument = None,
+    weights: Weights = None,
+    runs_dir: RunsDir = Path("runs"),
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Also write the result here, as JSON.", rich_help_panel="Run")
+    ] = None,
+) -> None:
+    """Measure a model on validation and test data, beside the baselines; --protocol chooses how."""
+    from apps.seqrec.evaluate import baselines, protocol_text
+    from apps.seqrec.evaluate import evaluate as measure
+    from apps.seqrec.train import result_table, use_packed
+    from shared.files import atomic_write_text
+
+    console = Console(highlight=False, soft_wrap=True)
+    config, sequences, model, path, is_demo = load_model(resolved, run, weights, runs_dir)
+    packed = use_packed(config.data.layout, model.item.weight.device)
+    result: dict[str, Any] = {"app": APP, "weights": str(path), "data": sequences.name, "stages": {}}
+    for stage in ("valid", "test"):
+        metrics = measure(model, sequences, stage, config=config, packed=packed)
+        columns, rows = result_table(config, metrics, baselines(sequences, stage, config=config))
+        part = {
+            "title": f"{stage}, {path}",
+            "protocol": protocol_text(sequences, stage, config.training.protocol),
+            "table_columns": columns,
+            "table": rows,
+            "notes": [DEMO_NOTE] if is_demo else [],
+        }
+        result["stages"][stage] = part
+        print_table(console, part)
+    if output is not None:
+        atomic_write_text(output, json.dumps(result, indent=2, allow_nan=False) + "\n")
+
+
+@typer_app.command()
+@options
+def predict(
+    resolved: Resolved[Config],
+    run: RunArgument = None,
+    weights: Weights = None,
+    runs_dir: RunsDir = Path("runs"),
+    output: Annotated[Path, typer.Option("--output", help="JSONL file to write.", rich_help_panel="Run")] = Path(
+        "predictions.jsonl"
+    ),
+    k: Annotated[int, typer.Option("--k", min=1, help="Items per user.", rich_help_panel="Run")] = 10,
+    keep_seen: Annotated[
+        bool, typer.Option("--keep-seen/--drop-seen", help="Also recommend items of the history.", rich_help_panel="Run")
+    ] = False,
+) -> None:
+    """Write the k best next items of every user, exactly ranked, after the whole history."""
+    from apps.seqrec.evaluate import predict as ranked
+    from apps.seqrec.train import use_packed
+    from shared.files import atomic_writer
+
+    config, sequences, model, path, _ = load_model(resolved, run, weights, runs_dir)
+    packed = use_packed(config.data.layout, model.item.weight.device)
+    lines = 0
+    with atomic_writer(output) as file:
+        for users, items, scores in ranked(model, sequences, k=k, config=config, packed=packed, keep_seen=keep_seen):
+            for user, row, values in zip(users.tolist(), items.tolist(), scores.tolist(), strict=True):
+                found = [(sequences.item_ids[i - 1], value) for i, value in zip(row, values, strict=True) if i > 0]
+                record = {
+                    "user": sequences.user_ids[user],
+                    "items": [item for item, _ in found],
+                    "scores": [round(value, 6) for _, value in found],
+                }
+                file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+                lines += 1
+    typer.echo(f"{output}: {k} items for each of {lines:,} users, exact over {sequences.num_items:,} items, from {path}")
+
+
+@typer_app.command()
+def prepare(
+    source: Annotated[Path, typer.Argument(help="File or folder with sequences.")],
+    output: Annotated[Path, typer.Argument(help="Pack to write, a .safetensors file.")],
+    format: Annotated[  # noqa: A002
+        str, typer.Option(help="auto, pairs, lines or inter.", rich_help_panel="Data")
+    ] = "auto",
+) -> None:
+    """Convert a source once into a pack that every later run maps into memory."""
+    from apps.seqrec.formats import read_sequences, write_sequences
+
+    sequences = read_sequences(source, format=format)
+    write_sequences(output, sequences, source=source)
+    typer.echo(
+        f"{output}: {sequences.num_users:,} users, {sequences.num_items:,} items, {sequences.num_events:,} events; "
+        f"train on it with: {PROG} train --data-path {output}"
+    )
+
+
+@typer_app.command()
+def check(
+    source: Annotated[Path, typer.Argument(help="File, folder or pack to check.")],
+    format: Annotated[  # noqa: A002
+        str, typer.Option(help="auto, pairs, lines, inter or pack.", rich_help_panel="Data")
+    ] = "auto",
+    limit: Annotated[int, typer.Option(min=1, help="Most faults to print.", rich_help_panel="Data")] = 20,
+) -> None:
+    """Look for every fault a source can have: file, line, field, expected, found, repair; exit code 2 on any error."""
+    from apps.seqrec.formats import check_source
+
+    faults = check_source(source, format=format, limit=limit)
+    for fault in faults:
+        typer.echo(str(fault))
+    errors = sum(fault.severity == "error" for fault in faults)
+    typer.echo(f"{source}: {errors} errors, {len(faults) - errors} warnings")
+    if errors:
+        raise typer.Exit(2)
+
+
+@typer_app.command()
+@options
+def export(
+    resolved: Resolved[Config],
+    output: Annotated[Path, typer.Argument(help="File to write, .safetensors.")],
+    run: Annotated[Path | None, typer.Option("--run", help="Run folder to export from.", rich_help_panel="Run")] = None,
+    weights: Weights = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Write the weights with the model's configuration and item ids, without optimizer state, for use elsewhere."""
+    from shared.checkpoint import save_weights
+    from shared.config import as_dict
+
+    config, sequences, model, path, _ = load_model(resolved, run, weights, runs_dir)
+    meta = {"app": APP, "config": as_dict(config), "item_ids": list(sequences.item_ids), "from": str(path)}
+    save_weights(output, model.state_dict(), meta)
+    typer.echo(f"{output}: {sum(p.numel() for p in model.parameters()):,} weights from {path}")
+
+
+def load_model(
+    resolved: Resolved[Config], run: Path | None, weights: Path | None, runs_dir: Path
+) -> tuple[Config, "Sequences", "SeqRec", Path, bool]:
+    """Configuration, data, model with weights, where they came from, and whether the data is the demo's."""
+    from apps.seqrec.model import SeqRec
+    from shared.checkpoint import load_weights
+    from shared.device import pick_device
+
+    if run is not None:
+        resolved = configuration_of(run, resolved)
+    if run is None and weights is None:
+        raise ConfigError("which model? give a run folder, or --weights FILE with the flags it was trained with")
+    path = weights or (run or Path()) / "checkpoints" / "best.safetensors"
+    config = resolved.config
+    state, _ = load_weights(path)
+    sequences, is_demo = load_data(config, runs_dir)
+    model = SeqRec(config.model, num_items=sequences.num_items, max_len=config.data.max_len)
+    check_shapes(model.state_dict(), state, path)
+    model.load_state_dict(state)
+    return config, sequences, model.to(pick_device(config.training.device)).eval(), path, is_demo
+
+
+def check_shapes(expected: Mapping[str, Any], found: Mapping[str, Any], path: Path) -> None:
+    """Refuse weights that do not fit the model that the flags and the data describe, naming each difference."""
+    lines = [f"{name} is missing" for name in expected if name not in found]
+    lines += [f"{name} is not part of this model" for name in found if name not in expected]
+    lines += [
+        f"{name} is {list(found[name].shape)}, expected {list(value.shape)}"
+        for name, value in expected.items()
+        if name in found and found[name].shape != value.shape
+    ]
+    if lines:
+        raise ConfigError(
+            f"{path} does not fit the model: {'; '.join(lines[:8])}{'; ...' if len(lines) > 8 else ''}. "
+            "Give the run folder, or the same model flags and data that it was trained with."
+        )
+
+
+def print_table(console: Console, result: Mapping[str, Any]) -> None:
+    """The metrics with their protocol, the model beside the baselines; the best of each column in bold."""
+    for note in result["notes"]:
+        console.print(note, markup=False)
+    console.print(result["protocol"], markup=False)
+    columns = result["table_columns"]
+    table = Table(title=None)
+    table.add_column("model")
+    for column in columns[1:]:
+        table.add_column(column, justify="right")
+    for row in result["table"]:
+        cells = []
+        for column in columns[1:]:
+            best = max(other[column] for other in result["table"]) == row[column] > 0
+            cells.append(f"[bold]{row[column]:.4f}[/bold]" if best else f"{row[column]:.4f}")
+        table.add_row(row["model"], *cells)
+    console.print(table)
+
+
+def shown_command() -> str:
+    """The command line of this process, as it would be typed."""
+    return shlex.join([*PROG.split(), *sys.argv[1:]])
+
+
+def git_revision() -> str | None:
+    """The revision of the code and whether it was changed; None outside a git checkout."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()

@@ -1,0 +1,523 @@
+"""Training: build -> Components, loss_fn, train_epoch (the loop) and fit (epochs, validation, checkpoints, result).
+
+Legend: B sequences of a batch, R rows, L row length, D embedding dim, N targets, K shared negatives, I items + 1.
+
+Everything drawn is a function of (seed, epoch, step in the epoch), so that a run that was killed and resumed ends with
+the weights of one that was not (bit for bit on a CPU in fp32).
+"""
+
+import functools
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from apps.seqrec import losses
+from apps.seqrec.config import Config, TrainConfig
+from apps.seqrec.dataset import (
+    Batch,
+    SeenItems,
+    Sequences,
+    Spans,
+    draw_unseen,
+    epoch_order,
+    item_counts,
+    make_batch,
+    seen_items,
+    training_spans,
+)
+from apps.seqrec.evaluate import baselines, evaluate, protocol_text
+from apps.seqrec.model import SeqRec
+from shared.amp import (
+    AmpConfig,
+    TrainState,
+    amp_step,
+    load_state_tree,
+    make_state,
+    raise_if_nonfinite,
+    resolve_precision,
+    state_tree,
+)
+from shared.checkpoint import check_identity, load_checkpoint, save_best, save_step
+from shared.device import describe_machine, pick_device, to_device
+from shared.files import atomic_write_text
+from shared.log import RunLog, StopSignal, due, read_metrics
+from shared.schedule import lr_factor
+from shared.seed import make_generator, seed_everything, seed_step
+from shared.timing import RateMeter, StepTimer
+
+APP = "seqrec"
+NEGATIVE_STREAM = 3
+UNSEEN_STREAM = 4
+DROPOUT_STREAM = 5
+
+# may differ between a checkpoint and the run that resumes it: they change no weight
+VOLATILE = frozenset(
+    {"data.data_path", "data.format"}
+    | {f"training.{name}" for name in ("log_every", "norm_every", "save_every", "keep", "max_steps", "memory_mib")}
+    | {f"training.{name}" for name in ("device", "tensorboard")}
+)
+
+
+@dataclass(frozen=True)
+class Components:
+    """Everything a run is made of; nothing here changes except what `state` says it changes in place."""
+
+    config: Config
+    sequences: Sequences
+    device: torch.device
+    state: TrainState
+    amp: AmpConfig
+    precision_reason: str
+    packed: bool
+    steps_per_epoch: int
+    log_q_I: Tensor | None  # [I] float32 on the device, log of each item's sampling rate; None: no correction
+    cumulative_I: Tensor  # [I] float64, running sum of training events by item, for draws by popularity
+    seen: SeenItems | None  # for bce
+
+
+class Meter(NamedTuple):
+    """Sums since the last line of metrics; the tensor stays on the device until the line is due."""
+
+    loss: Tensor  # scalar float64, sum of losses
+    steps: int
+
+
+class Progress(NamedTuple):
+    """What validation has found so far."""
+
+    best: float  # of the selected metric; -1 before the first validation
+    best_epoch: int
+    stale: int  # validations since
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How `fit` ended. Without `metrics` it was stopped by a signal or by max_steps and can be resumed."""
+
+    state: TrainState
+    progress: Progress
+    metrics: dict[str, dict[str, float]] | None  # "valid", "test" of the best checkpoint
+
+
+def build(config: Config, sequences: Sequences) -> Components:
+    """Model, optimizers and everything else that follows from the configuration and the data."""
+    training = config.training
+    device = pick_device(training.device)
+    precision, reason = resolve_precision(training.precision, device)
+    spans = training_spans(sequences, max_len=config.data.max_len, window=config.data.window)
+    if not spans.user.numel():
+        raise ValueError(f"{sequences.name} holds nothing to train on: no user has two events before the held-out ones")
+    seed_everything(training.seed)
+    model = SeqRec(config.model, num_items=sequences.num_items, max_len=config.data.max_len).to(device)
+    counts = item_counts(sequences)
+    return Components(
+        config=config,
+        sequences=sequences,
+        device=device,
+        state=make_state(
+            model, make_optimizers(model, training), precision=precision, device=device, ema_decay=training.ema_decay
+        ),
+        amp=AmpConfig(precision=precision, clip_norm=training.clip_norm),
+        precision_reason=reason,
+        packed=use_packed(config.data.layout, device),
+        steps_per_epoch=-(-spans.user.numel() // training.batch_size),
+        log_q_I=log_rates(training, counts, device),
+        cumulative_I=torch.cumsum(counts, 0).double(),
+        seen=seen_items(sequences) if training.loss == "bce" else None,
+    )
+
+
+def log_rates(training: TrainConfig, counts: Tensor, device: torch.device) -> Tensor | None:
+    """Log of how often the loss meets each item as a negative, [I] float32; None where nothing is to be corrected.
+
+    In a batch that is the item's share of the training events, among K draws its expected number of draws.
+    """
+    if not training.logq or training.loss not in ("sampled", "inbatch"):
+        return None
+    share = torch.log(counts.clamp(min=1).double() / counts.sum())
+    if training.loss == "sampled":
+        if training.negatives == "uniform":
+            share = torch.full_like(share, -math.log(counts.numel() - 1))
+        share = share + math.log(training.num_negatives)
+    return share.float().to(device)
+
+
+def use_packed(layout: str, device: torch.device) -> bool:
+    """Packed rows on a CPU (2 to 5 times fewer tokens); padded on CUDA, where causal attention needs no mask."""
+    return layout == "packed" or (layout == "auto" and device.type == "cpu")
+
+
+def make_optimizers(model: nn.Module, training: TrainConfig) -> list[Optimizer]:
+    """Fused Adam or AdamW over everything, or Muon for the blocks' matrices and AdamW for the rest."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [(name, p) for name, p in named if training.optimizer == "muon" and "blocks." in name and p.ndim == 2]
+    chosen = {name for name, _ in matrices}
+    rest = [(name, p) for name, p in named if name not in chosen]
+    kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
+    optimizers: list[Optimizer] = [
+        kind(rest, lr=training.lr, betas=(0.9, 0.98), weight_decay=training.weight_decay, fused=True)
+    ]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=training.muon_lr, weight_decay=training.weight_decay))
+    return optimizers
+
+
+def loss_fn(
+    model: nn.Module, batch: Batch, *, training: TrainConfig, log_q_I: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean loss over the batch's targets."""
+    assert isinstance(model, SeqRec)
+    hidden_RLD = model(batch.item, batch.segment, batch.position, batch.time, packed=batch.packed)
+    query_ND = model.query(hidden_RLD.flatten(0, 1).index_select(0, batch.place))
+    item_ID, target_N = model.candidates(), batch.target
+    if training.loss == "ce":
+        return losses.full_cross_entropy(query_ND, item_ID, target_N), {}
+    if training.loss == "inbatch":
+        return losses.in_batch_cross_entropy(query_ND, item_ID, target_N, log_q_I=log_q_I), {}
+    if training.loss == "bce":
+        assert batch.unseen is not None
+        return losses.binary_cross_entropy(query_ND, item_ID, target_N, batch.unseen), {}
+    assert batch.shared is not None
+    if training.loss == "gbce":
+        num_items = item_ID.shape[0] - 1
+        return losses.generalised_bce(
+            query_ND, item_ID, target_N, batch.shared, num_items=num_items, t=training.gbce_t
+        ), {}
+    return losses.sampled_softmax(query_ND, item_ID, target_N, batch.shared, log_q_I=log_q_I), {}
+
+
+def step_batches(c: Components, spans: Spans, *, epoch: int, index: int) -> list[Batch]:
+    """The micro-batches of step `index` of an epoch, on the host, with their negatives.
+
+    Negatives are drawn for the whole step, in order of sequence and time, so that neither the layout nor the number of
+    micro-batches changes what a target is compared with.
+    """
+    training = c.config.training
+    shared = None
+    if training.loss in ("sampled", "gbce"):
+        generator = make_generator(training.seed, epoch=epoch, step=index, stream=NEGATIVE_STREAM)
+        if training.negatives == "popularity":
+            draw = torch.rand(training.num_negatives, dtype=torch.float64, generator=generator)
+            shared = torch.searchsorted(c.cumulative_I, draw * c.cumulative_I[-1], right=True)
+        else:
+            shared = torch.randint(1, c.sequences.num_items + 1, (training.num_negatives,), generator=generator)
+    size = -(-spans.user.numel() // training.accumulate)
+    batches = [
+        make_batch(c.sequences, Spans(*part), packed=c.packed, row_len=c.config.data.max_len)._replace(shared=shared)
+        for part in zip(*(column.split(size) for column in spans), strict=True)
+    ]
+    if c.seen is not None:
+        generator = make_generator(training.seed, epoch=epoch, step=index, stream=UNSEEN_STREAM)
+        user = torch.cat([b.user[b.segment.flatten()[b.place] - 1] for b in batches])
+        unseen = draw_unseen(c.seen, user, generator).split([b.target.numel() for b in batches])
+        batches = [b._replace(unseen=part) for b, part in zip(batches, unseen, strict=True)]
+    return batches
+
+
+def train_epoch(
+    c: Components,
+    state: TrainState,
+    meter: Meter,
+    *,
+    log: RunLog,
+    timer: StepTimer,
+    rates: RateMeter,
+    save: Callable[[TrainState, Meter], None],
+    stopping: Callable[[TrainState], bool],
+    on_step: Callable[[str | None], None],
+) -> tuple[TrainState, Meter]:
+    """The rest of epoch `state.epoch`, from the step where `state` stands; returns early when `stopping` says so."""
+    training = c.config.training
+    spans = training_spans(
+        c.sequences, max_len=c.config.data.max_len, window=c.config.data.window, seed=training.seed, epoch=state.epoch
+    )
+    order = epoch_order(spans.user.numel(), seed=training.seed, epoch=state.epoch)
+    loss_of = functools.partial(loss_fn, training=training, log_q_I=c.log_q_I)
+    state.model.train()
+    for index in range(state.step - state.epoch * c.steps_per_epoch, c.steps_per_epoch):
+        timer.start()
+        rows = order[index * training.batch_size : (index + 1) * training.batch_size]
+        host_batches = step_batches(c, spans.take(rows), epoch=state.epoch, index=index)
+        timer.mark("data_wait")
+        batches = [to_device(batch, c.device) for batch in host_batches]
+        timer.mark("copy")
+
+        targets = [batch.target.numel() for batch in batches]
+        seed_step(training.seed, state.epoch, index, DROPOUT_STREAM)
+        state, output = amp_step(
+            state,
+            batches,
+            loss_of,
+            amp=c.amp,
+            lr_factor=learning_rate_factor(c, state.step),
+            shares=[count / sum(targets) for count in targets],
+            want_norm=due(state.step + 1, training.norm_every),
+            mark=timer.mark,
+        )
+        meter = Meter(meter.loss + output.loss, meter.steps + 1)
+        rates.add(rows.numel())
+
+        note = None
+        if due(state.step, training.log_every) or index + 1 == c.steps_per_epoch:
+            values: dict[str, float] = {
+                "loss": float(meter.loss) / meter.steps,  # sync: one copy for the interval
+                "lr": training.lr * learning_rate_factor(c, state.step - 1),
+            }
+            timer.mark("sync")
+            values |= rates.read()._asdict()
+            values |= {f"time_{name}": share for name, share in timer.summary().shares().items()}
+            note = f"loss {values['loss']:.4f}"
+            log.metrics("train", state.step, state.epoch, values)
+            meter = Meter(torch.zeros_like(meter.loss), 0)
+        if due(state.step, training.norm_every) and output.grad_norm is not None:
+            log.metrics("norm", state.step, state.epoch, {"grad_norm": float(output.grad_norm)})  # sync
+        timer.finish()
+        on_step(note)
+
+        if due(state.step, training.save_every) and index + 1 < c.steps_per_epoch:  # fit saves at the end of an epoch
+            rates.pause()
+            save(state, meter)
+            rates.resume()
+        if stopping(state):
+            break
+    return state, meter
+
+
+def learning_rate_factor(c: Components, step: int) -> float:
+    """What scales every peak learning rate at `step`."""
+    training = c.config.training
+    return lr_factor(
+        step,
+        kind=training.lr_scheduler,
+        total_steps=training.epochs * c.steps_per_epoch,
+        warmup_steps=training.warmup_steps,
+        min_factor=training.min_lr,
+        step_size=training.lr_step_epochs * c.steps_per_epoch,
+        gamma=training.lr_gamma,
+    )
+
+
+def identity(c: Components) -> dict[str, Any]:
+    """What a checkpoint must share with the run that resumes it."""
+    return {"app": APP, "data": {"fingerprint": c.sequences.fingerprint}, "config": asdict(c.config)}
+
+
+def checkpoint_tree(c: Components, state: TrainState, meter: Meter, progress: Progress) -> dict[str, Any]:
+    """A whole checkpoint as nested dictionaries."""
+    return {
+        **state_tree(state),
+        "identity": identity(c),
+        "meter": meter._asdict(),
+        "progress": progress._asdict(),
+        "num_items": c.sequences.num_items,
+    }
+
+
+def restore(c: Components, tree: Mapping[str, Any], path: Path) -> tuple[TrainState, Meter, Progress]:
+    """State, meter and progress as they were; refuses a checkpoint of another app, configuration or data."""
+    check_identity(
+        tree["identity"], identity(c), path=path, ignore={f"config.{name}" for name in VOLATILE}
+    )
+    meter = Meter(tree["meter"]["loss"].to(c.device), tree["meter"]["steps"])
+    return load_state_tree(c.state, tree), meter, Progress(**tree["progress"])
+
+
+def fit(
+    c: Components,
+    run_dir: Path,
+    *,
+    log: RunLog,
+    stop: StopSignal,
+    resume_from: tuple[Path, Mapping[str, Any]] | None = None,
+    on_step: Callable[[str | None], None] = lambda note: None,
+    on_users: Callable[[int], None] = lambda done: None,
+) -> Outcome:
+    """Train until the epochs or max_steps are done, validation stops improving, or a signal asks to stop.
+
+    Checkpoints go to `run_dir`/checkpoints; `resume_from` is a checkpoint's path and tree to go on from. The best
+    checkpoint is chosen by the validation metric alone; test data is touched once, at the end, with that checkpoint.
+    A signal ends the step at hand, saves, and returns an Outcome without metrics.
+    """
+    training = c.config.training
+    folder = run_dir / "checkpoints"
+    state, meter = c.state, Meter(torch.zeros((), dtype=torch.float64, device=c.device), 0)
+    progress = Progress(best=-1.0, best_epoch=-1, stale=0)
+    last_saved: Path | None = None
+    if resume_from is not None:
+        last_saved, tree = resume_from
+        state, meter, progress = restore(c, tree, last_saved)
+        log.info(f"resuming from {last_saved} at step {state.step}, epoch {state.epoch}")
+    if training.compile:
+        compile_or_say_why(c, log)
+
+    def save(state: TrainState, meter: Meter) -> None:
+        nonlocal last_saved
+        raise_if_nonfinite(state, checkpoint=last_saved)
+        tree = checkpoint_tree(c, state, meter, progress)
+        last_saved = save_step(folder, tree, step=state.step, keep=training.keep)
+
+    def stopping(state: TrainState) -> bool:
+        return stop.requested is not None or 0 < training.max_steps <= state.step
+
+    def ended(state: TrainState) -> bool:
+        stale = 0 < training.patience <= progress.stale
+        return state.epoch >= training.epochs or stale or 0 < training.max_steps <= state.step
+
+    timer, rates = StepTimer(c.device), RateMeter()
+    while not ended(state):
+        epoch = state.epoch
+        state, meter = train_epoch(
+            c, state, meter, log=log, timer=timer, rates=rates, save=save, stopping=stopping, on_step=on_step
+        )
+        raise_if_nonfinite(state, checkpoint=last_saved)
+        rates.pause()
+        whole = state.step == (epoch + 1) * c.steps_per_epoch
+        last = ended(replace(state, epoch=epoch + whole))
+        metrics = None
+        if stop.requested is None and (last or due(epoch + 1, training.eval_every)):
+            metrics = evaluate_unless_stopped(c, state, stop, on_users)
+        if stop.requested is not None:  # resuming starts where this step ended, validation included
+            save(state, meter)
+            return Outcome(state, progress, None)
+        if whole:
+            state = replace(state, epoch=epoch + 1)
+        if metrics is not None:
+            log.metrics("valid", state.step, epoch, metrics)
+            value = selected(metrics, training.select)
+            better = value > progress.best
+            progress = Progress(value, epoch, 0) if better else progress._replace(stale=progress.stale + 1)
+            shown = ", ".join(f"{name} {metrics[name]:.4f}" for name in ("NDCG@10", "HR@10") if name in metrics)
+            log.info(f"epoch {epoch + 1}: validation {shown}{' (best so far)' if better else ''}")
+            if better:
+                save_best(folder, checkpoint_tree(c, state, meter, progress))
+        save(state, meter)
+        rates.resume()
+
+    model = state.ema or state.model
+    if progress.best_epoch >= 0:
+        best = load_checkpoint(folder / "best.safetensors")
+        model.load_state_dict(best["ema"] if best["ema"] is not None else best["model"])
+        log.info(f"testing the checkpoint of epoch {progress.best_epoch + 1}, the best by validation {training.select}")
+    try:
+        final = {
+            stage: evaluate(model, c.sequences, stage, config=c.config, packed=c.packed, on_users=checked(stop, on_users))
+            for stage in ("valid", "test")
+        }
+    except Stopped:
+        return Outcome(state, progress, None)
+    return Outcome(state, progress, final)
+
+
+class Stopped(Exception):
+    """A signal arrived during an evaluation."""
+
+
+def checked(stop: StopSignal, on_users: Callable[[int], None]) -> Callable[[int], None]:
+    """`on_users` that also ends an evaluation once a signal has arrived."""
+
+    def between_chunks(done: int) -> None:
+        if stop.requested is not None:
+            raise Stopped
+        on_users(done)
+
+    return between_chunks
+
+
+def evaluate_unless_stopped(
+    c: Components, state: TrainState, stop: StopSignal, on_users: Callable[[int], None]
+) -> dict[str, float] | None:
+    """Validation metrics of the state's weights (the average where there is one); None when a signal cut it short."""
+    model = state.ema or state.model
+    try:
+        return evaluate(model, c.sequences, "valid", config=c.config, packed=c.packed, on_users=checked(stop, on_users))
+    except Stopped:
+        return None
+
+
+def selected(metrics: Mapping[str, float], name: str) -> float:
+    """The metric that picks the best checkpoint."""
+    if name not in metrics:
+        raise ValueError(f'select is "{name}", which is not measured; choose one of {", ".join(metrics)}')
+    return metrics[name]
+
+
+def compile_or_say_why(c: Components, log: RunLog) -> None:
+    """Compile the model in place after trying it on one sequence; where that fails, say why once and go on eagerly."""
+    model = c.state.model
+    model.compile(dynamic=True)
+    spans = training_spans(c.sequences, max_len=c.config.data.max_len).take(torch.zeros(1, dtype=torch.int64))
+    batch = to_device(make_batch(c.sequences, spans, packed=c.packed, row_len=c.config.data.max_len), c.device)
+    try:
+        with torch.no_grad():
+            model(batch.item, batch.segment, batch.position, batch.time, packed=batch.packed)
+    except RuntimeError as error:
+        model._compiled_call_impl = None
+        log.warn(f"--compile has no effect here, training goes on without it: {str(error).splitlines()[0]}")
+
+
+def result_table(
+    config: Config, metrics: Mapping[str, float], others: Mapping[str, Mapping[str, float]]
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Columns and rows: the model first, the baselines below it."""
+    columns = [f"{name}@{k}" for name in ("HR", "NDCG", "MRR") for k in config.training.ks]
+    rows = [{"model": name, **{column: row[column] for column in columns}} for name, row in {APP: metrics, **others}.items()]
+    return ["model", *columns], rows
+
+
+def write_result(
+    c: Components, run_dir: Path, outcome: Outcome, *, notes: list[str], command: str, git: str | None
+) -> dict[str, Any]:
+    """Write result.json: metrics with their protocol, speed, machine, versions and data; returns what was written."""
+    assert outcome.metrics is not None
+    protocol = c.config.training.protocol
+    lines = [line for line in read_metrics(run_dir / "metrics.jsonl") if line["kind"] == "train"]
+    columns, rows = result_table(c.config, outcome.metrics["test"], baselines(c.sequences, "test", config=c.config))
+
+    def typical(name: str) -> float | None:
+        values = [line[name] for line in lines if line.get(name) is not None]
+        return statistics.median(values) if values else None
+
+    sections = sorted({name for line in lines for name in line if name.startswith("time_")})
+    machine = describe_machine()
+    result = {
+        "app": APP,
+        "title": f"{APP} on {c.sequences.name}",
+        "protocol": protocol_text(c.sequences, "test", protocol),
+        "metrics": {
+            stage: {"protocol": protocol_text(c.sequences, stage, protocol), **values}
+            for stage, values in (("valid", outcome.metrics["valid"]), ("test", outcome.metrics["test"]))
+        },
+        "table_columns": columns,
+        "table": rows,
+        "best_epoch": outcome.progress.best_epoch + 1,
+        "steps": outcome.state.step,
+        "speed": {
+            "sequences/s": typical("samples_per_s"),
+            "steps/s": typical("steps_per_s"),
+            "measured": "median over the logged intervals of training, evaluation and saving excluded",
+        },
+        "time_split": {name.removeprefix("time_"): typical(name) for name in sections},
+        "machine": machine,
+        "versions": {"torch": machine["torch"], "python": machine["python"]},
+        "data": {
+            "name": c.sequences.name,
+            "users": c.sequences.num_users,
+            "items": c.sequences.num_items,
+            "events": c.sequences.num_events,
+            "fingerprint": c.sequences.fingerprint,
+        },
+        "precision": c.amp.precision,
+        "git": git,
+        "command": command,
+        "notes": notes,
+    }
+    atomic_write_text(run_dir / "result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
+    return result

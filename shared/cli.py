@@ -1,0 +1,313 @@
+"""The command line of an app: flags and help from its Config, presets, original spellings, exit codes, run folders.
+
+Only names of typer are used, never those of the parser behind it, which differs between typer releases. This module
+must not import torch: `--help` has to answer at once.
+"""
+
+import difflib
+import functools
+import inspect
+import io
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import typer
+from rich.markup import escape
+
+from shared.config import BOOL_WORDS, ConfigError, Knob, Resolved, knobs, resolve
+
+T = TypeVar("T")
+
+_NO_ALIASES: Mapping[str, str] = MappingProxyType({})
+_HELP_WORDS = ("--help", "-h")
+_NAME_LENGTH = 60  # characters of a run's name, so that paths stay below the 260 of Windows
+_METAVARS: Mapping[type, str] = {int: "INT", float: "FLOAT", str: "TEXT", bool: "BOOL"}
+
+
+def make_app(name: str, help: str) -> typer.Typer:  # noqa: A002
+    """Return an empty Typer app; it keeps its verbs as words even while it has only one."""
+    app = typer.Typer(
+        name=name,
+        help=help,
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode="rich",
+        pretty_exceptions_show_locals=False,  # locals hold whole tensors
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    @app.callback()
+    def group() -> None:
+        pass
+
+    return app
+
+
+def bool_flags(config_type: type) -> set[str]:
+    """Return the names of the on/off flags of a Config in kebab-case, without dashes: {"norm-first", ...}."""
+    return {item.flag.removeprefix("--") for item in knobs(config_type).values() if _is_switch(item)}
+
+
+def config_options(
+    config_type: type,
+    *,
+    presets: Path,
+    aliases: Mapping[str, str] = _NO_ALIASES,
+) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Return a decorator that gives a verb one flag per knob and `--config`, and calls it with the configuration.
+
+    The verb's first parameter receives the Resolved; its other parameters are its own typer options. `--config NAME` is
+    presets/NAME.yaml, `--config PATH` any file. Only flags given on the command line override the file. The wrapped
+    verb raises ConfigError for values that cannot be used; run() prints it.
+    """
+    table = knobs(config_type)
+
+    def decorate(verb: Callable[..., T]) -> Callable[..., T]:
+        _, *own = inspect.signature(verb, eval_str=True).parameters.values()
+        clash = {parameter.name for parameter in own} & {*table, "config", "ctx"}
+        assert not clash, f"{verb.__name__}: {sorted(clash)} would be two flags of the same name"
+
+        @functools.wraps(verb)
+        def wrapper(**given: Any) -> T:
+            ctx: typer.Context = given.pop("ctx")
+            name: str | None = given.pop("config")
+            values = {field: given.pop(field) for field in table}
+            flags = {field: value for field, value in values.items() if _was_given(ctx, field)}
+            path = None if name is None else find_preset(name, presets)
+            label = None if path is None else f"preset {path.name}" if path.parent == presets else str(path)
+            resolved: Resolved[Any] = resolve(
+                config_type, yaml_path=path, yaml_label=label, flags=flags, aliases=aliases
+            )
+            return verb(resolved, **given)
+
+        parameters = [
+            _parameter("ctx", typer.Context),
+            *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own),
+            _parameter("config", Annotated[str | None, _config_option(presets)], None),
+            *(_flag_parameter(item) for item in table.values()),
+        ]
+        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return wrapper
+
+    return decorate
+
+
+def find_preset(name: str, presets: Path) -> Path:
+    """Return the YAML file that `--config NAME|PATH` means: an existing path, else the preset of that name."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return path
+    preset = presets / f"{path.name.removesuffix('.yaml')}.yaml"
+    if path.name == name and preset.is_file():
+        return preset
+    known = _preset_names(presets)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ConfigError(
+        f"--config {name}: no such preset or YAML file; {hint}presets: {', '.join(known) or 'none'}; "
+        "a path must end in .yaml"
+    )
+
+
+def normalise_argv(
+    argv: Sequence[str],
+    *,
+    flags_bool: Collection[str],
+    aliases: Mapping[str, str],
+    default_verb: str,
+    verbs: Collection[str],
+) -> list[str]:
+    """Return the words with the original scripts' spellings turned into ours: `--l_r=0.1 --has_a True` and the like.
+
+    Underscores in flag names become hyphens, names of the past are looked up in aliases (old -> new), a truth value
+    after an on/off flag in flags_bool selects `--flag` or `--no-flag`, and default_verb is put before a first word that
+    is an option. Values and everything after `--` stay as they are.
+    """
+    assert default_verb in verbs
+    words = list(argv)
+    result: list[str] = []
+    if words and words[0].startswith("-") and words[0] not in _HELP_WORDS:
+        result.append(default_verb)
+    elif words and words[0].replace("_", "-") in verbs:
+        result.append(words.pop(0).replace("_", "-"))
+    renamed = {_kebab(old): _kebab(new) for old, new in aliases.items()}
+    while words:
+        word = words.pop(0)
+        if word == "--":
+            return [*result, word, *words]
+        if not word.startswith("--"):
+            result.append(word)
+            continue
+        name, equals, value = word.removeprefix("--").partition("=")
+        name = _renamed(_kebab(name), renamed, flags_bool)
+        positive = name.removeprefix("no-") if name not in flags_bool else name
+        if positive not in flags_bool:
+            result.append(f"--{name}{equals}{value}")
+            continue
+        if not equals and words and words[0].lower() in BOOL_WORDS:
+            equals, value = "=", words.pop(0)
+        if equals and value.lower() not in BOOL_WORDS:
+            result.append(f"--{name}={value}")  # left for the parser to refuse
+            continue
+        is_on = (name == positive) == (not equals or BOOL_WORDS[value.lower()])
+        result.append(f"--{positive}" if is_on else f"--no-{positive}")
+    return result
+
+
+def run(
+    app: typer.Typer,
+    argv: Sequence[str] | None = None,
+    *,
+    prog_name: str,
+    flags_bool: Collection[str],
+    aliases: Mapping[str, str],
+    default_verb: str,
+    verbs: Collection[str],
+) -> NoReturn:
+    """Run the app on argv (default: the process's own words) and leave the process.
+
+    Exit code 0 after success; 2 for usage errors and for what the user can repair (ValueError, a file that is missing
+    or of the wrong kind), printed as `error: ...`; 130 after Ctrl-C; 1 with a traceback for anything else.
+    TYPER_STANDARD_TRACEBACK=1 shows the traceback of a user error as well.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a console that lacks a character prints "?" instead of failing
+    words = normalise_argv(
+        sys.argv[1:] if argv is None else argv,
+        flags_bool=flags_bool,
+        aliases=aliases,
+        default_verb=default_verb,
+        verbs=verbs,
+    )
+    try:
+        app(args=words, prog_name=prog_name)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (
+        ValueError,
+        FileNotFoundError,
+        FileExistsError,
+        PermissionError,
+        IsADirectoryError,
+        NotADirectoryError,
+    ) as error:
+        if os.environ.get("TYPER_STANDARD_TRACEBACK"):
+            traceback.print_exc()
+        sys.stderr.write(f"error: {_message(error)}\n")  # typer.echo would write UTF-8 where the stream is ASCII
+        sys.exit(2)
+    sys.exit(0)
+
+
+def new_run_dir(root: Path, app: str, name: str, *, now: datetime) -> Path:
+    """Create and return root/<app>/<20261121-041500>-<name>; -2, -3 ... is appended where it exists already.
+
+    The name is reduced to letters, digits, dots and hyphens, so that every system accepts it.
+    """
+    clean = re.sub(r"[^A-Za-z0-9._]+", "-", name)[:_NAME_LENGTH].strip("-._") or "run"
+    parent = root / app
+    parent.mkdir(parents=True, exist_ok=True)
+    first = f"{now:%Y%m%d-%H%M%S}-{clean}"
+    number = 1
+    while True:
+        path = parent / (first if number == 1 else f"{first}-{number}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return path
+
+
+# Building options
+
+
+def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+
+
+def _config_option(presets: Path) -> Any:
+    names = ", ".join(_preset_names(presets)) or "none yet"
+    return typer.Option(
+        "--config",
+        metavar="NAME|PATH",
+        help=escape(f"Preset or YAML file to start from; flags override it. Presets: {names}."),
+        show_default="built-in defaults",
+    )
+
+
+def _preset_names(presets: Path) -> list[str]:
+    return sorted(path.stem for path in presets.glob("*.yaml"))
+
+
+def _is_switch(item: Knob) -> bool:
+    return item.kind is bool and not item.many and not item.optional
+
+
+def _flag_parameter(item: Knob) -> inspect.Parameter:
+    """Return the typer parameter of a knob.
+
+    All but switches reach us as text, because config.py reads values, checks them and words the errors for YAML and
+    flags alike.
+    """
+    limits = f" ({item.limits})" if item.limits else ""
+    settings: dict[str, Any] = {
+        "help": escape(item.help + limits),
+        "rich_help_panel": item.section.replace("_", " ").capitalize(),
+    }
+    if _is_switch(item):
+        option = typer.Option(f"{item.flag}/--no-{item.flag.removeprefix('--')}", **settings)
+        return _parameter(item.name, Annotated[bool, option], item.default)
+    kind = "|".join(item.choices) or _METAVARS[item.kind]
+    default = _default_text(item)
+    option = typer.Option(
+        item.flag,
+        metavar=f"{kind},..." if item.many else kind,
+        show_default=default if default in ("none", "empty") else True,
+        **settings,
+    )
+    return _parameter(item.name, Annotated[str | None, option], None if default in ("none", "empty") else default)
+
+
+def _default_text(item: Knob) -> str:
+    """Return the default as it would be typed."""
+    if item.default is None:
+        return "none"
+    if item.many:
+        return ",".join(str(element) for element in item.default) or "empty"
+    return str(item.default) or "empty"
+
+
+def _was_given(ctx: typer.Context, field: str) -> bool:
+    source = ctx.get_parameter_source(field)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+# Reading words
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _renamed(name: str, renamed: Mapping[str, str], flags_bool: Collection[str]) -> str:
+    """Return today's name of a flag; `no-old` follows `old` where that is an on/off flag."""
+    if name in renamed:
+        return renamed[name]
+    positive = renamed.get(name.removeprefix("no-"))
+    return f"no-{positive}" if name.startswith("no-") and positive in flags_bool else name
+
+
+def _message(error: ValueError | OSError) -> str:
+    """Return what a user can act on: the text of the error, without errno."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
