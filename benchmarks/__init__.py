@@ -1,1 +1,1 @@
-"""Measurements against re-statements of the usual arrangement; not part of the test suite, never reached from an app."""
+"""Measurements against re-statements of the usual arrangement: no part of the tests, never reached from an app."""

@@ -11,8 +11,9 @@ batch, packing it and drawing its negatives. Both: BCE with one negative, the sa
 import argparse
 import statistics
 import time
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -118,7 +119,7 @@ def main() -> None:
     adam = torch.optim.Adam(plain.parameters(), lr=1e-3, betas=(0.9, 0.98))
     generator = torch.Generator().manual_seed(0)
 
-    variants = {
+    variants: dict[str, dict[str, Any]] = {
         "ours, ce over all items, feed-forward 4 d": {"loss": "ce", "ffn_mult": 4},
         "ours, sampled softmax, 256 shared, feed-forward d": {"loss": "sampled", "ffn_mult": 1},
         "ours, bce 1 negative, feed-forward 4 d": {"loss": "bce", "ffn_mult": 4},
@@ -128,14 +129,14 @@ def main() -> None:
     ours = {}
     for name, choice in variants.items():
         config = Config(
-            data=DataConfig(max_len=options.max_len, layout=str(choice.get("layout", "packed"))),
+            data=DataConfig(max_len=options.max_len, layout=choice.get("layout", "packed")),
             model=ModelConfig(
                 embed_dim=options.embed_dim,
                 num_heads=options.heads,
                 dropout=options.dropout,
-                ffn_mult=int(choice["ffn_mult"]),
+                ffn_mult=choice["ffn_mult"],
             ),
-            training=TrainConfig(loss=str(choice["loss"]), num_negatives=256, device="cpu", batch_size=users),
+            training=TrainConfig(loss=choice["loss"], num_negatives=256, device="cpu", batch_size=users),
         )
         components = build(config, sequences)
         components.state.model.train()
@@ -157,14 +158,17 @@ def main() -> None:
             state, _ = amp_step(
                 state,
                 batches,
-                lambda model, batch, c=c: loss_fn(model, batch, training=c.config.training, log_q_I=c.log_q_I),
+                partial(loss_fn, training=c.config.training, log_q_I=c.log_q_I),
                 amp=c.amp,
             )
-            ours[name] = (c, replace(state))
+            ours[name] = (c, state)
             elapsed[name].append(time.perf_counter() - begin)
 
     machine = describe_machine()
-    print(f"{sequences.name}: {users} users a step, d {options.embed_dim}, 2 blocks, dropout {options.dropout}, L {options.max_len}")
+    print(
+        f"{sequences.name}: {users} users a step, d {options.embed_dim}, 2 blocks, dropout {options.dropout}, "
+        f"L {options.max_len}"
+    )
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     base = statistics.median(next(iter(elapsed.values()))[options.warm_up :])
     for name, seconds in elapsed.items():

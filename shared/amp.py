@@ -75,9 +75,13 @@ def resolve_precision(name: str, device: torch.device) -> tuple[str, str]:
         return "fp32", "as asked" if name == "fp32" else "the device is a CPU"
     capabilities = torch.cpu.get_capabilities()
     if name == "bf16" and not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
-        raise ValueError("this CPU has no bf16 units, where bf16 is about 100 times slower than fp32; use --precision fp32")
+        raise ValueError(
+            "this CPU has no bf16 units, where bf16 is about 100 times slower than fp32; use --precision fp32"
+        )
     if name == "fp16" and not (capabilities.get("avx512_fp16") or capabilities.get("amx_fp16")):
-        raise ValueError("this CPU has no fp16 units, where fp16 is about 100 times slower than fp32; use --precision fp32")
+        raise ValueError(
+            "this CPU has no fp16 units, where fp16 is about 100 times slower than fp32; use --precision fp32"
+        )
     return name, "as asked"
 
 

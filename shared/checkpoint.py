@@ -31,6 +31,7 @@ from shared.files import (
     remove_stale_temporaries,
     write_pack,
 )
+from shared.pickles import describe_pickle
 
 _KIND = "checkpoint"
 _BEST = "best.safetensors"
@@ -300,6 +301,7 @@ _TORCH_LOAD_ERRORS = (
     TypeError,
     ValueError,
     OverflowError,
+    AssertionError,
     struct.error,
 )
 _NESTED_UNDER = (_WEIGHTS, "ema", "model", "state_dict", "model_state_dict")  # the first that is there is taken
@@ -362,9 +364,10 @@ def _read_torch_file(path: StrPath) -> Any:
             reason = f"refused: the file wants {', '.join(names)}, which is code and not tensors"
         else:  # torch's own advice to switch its protection off is not passed on
             parts = [part for part in message.split("\n\n") if part.strip() and "weights_only" not in part]
-            reason = (
-                f"not readable as tensors ({type(error).__name__}: {parts[0].strip()[:300] if parts else 'damaged'})"
-            )
+            detail = parts[0].strip()[:300] if parts else "damaged"
+            reason = f"not readable as tensors ({type(error).__name__}: {detail})"
+            if wanted := describe_pickle(path):
+                reason += f"; it names {', '.join(wanted[:20])}"
         raise CheckpointError(
             f"{path}: {reason}. Save model.state_dict() alone, or as safetensors, with a program you trust"
         ) from None

@@ -26,7 +26,7 @@ _OWN_KEYS = ("kind", "step", "epoch", "time")
 
 
 def due(step: int, every: int) -> bool:
-    """Whether something done every `every` steps is done at `step`, counted from 1; never where `every` is 0 or less."""
+    """Whether what is done every `every` steps is done at `step`, counted from 1; never where `every` is 0 or less."""
     return every > 0 and step > 0 and step % every == 0
 
 
@@ -39,7 +39,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class RunLog:
-    """The log of one run: lines to the console and to train.log, numbers to metrics.jsonl and, if asked, TensorBoard."""
+    """The log of one run: lines to the user and train.log, numbers to metrics.jsonl and, if asked, TensorBoard."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class RunLog:
     ) -> None:
         """Opens the files of `run_dir` for appending.
 
-        With `resume_step` every record of a later step is removed first, so that the resumed run writes it again and the
+        With `resume_step` every record of a later step is removed first: the resumed run writes them again, and the
         file ends up as the uninterrupted run's, times apart. `say` shows a line to the user; `clock` counts seconds.
         """
         self._say = say
@@ -81,7 +81,7 @@ class RunLog:
         self.info(f"warning: {msg}")
 
     def limited(self, key: str, msg: str, every_s: float = 10.0) -> None:
-        """Says the line unless one of the same `key` was said in the last `every_s` seconds; then it is only counted."""
+        """Says the line, but only counts it where one of the same `key` was said in the last `every_s` seconds."""
         time_s = self._clock()
         last = self._limited.get(key)
         if last is not None and time_s - last.said_s < every_s:
@@ -197,7 +197,7 @@ def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:
             record = None
         if isinstance(record, dict):
             kept.append((line, record))

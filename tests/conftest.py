@@ -1,4 +1,4 @@
-"""Test-wide settings: two threads at most, and where the optional real data lives."""
+"""Test-wide settings: one thread, and where the optional real data lives."""
 
 import os
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
 DATA_ROOT = Path(os.environ.get("SEED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
-@pytest.fixture()
+@pytest.fixture
 def real_data():
     """Return a function that gives the path of a real data set, or skips the test where it is absent."""
 

@@ -29,7 +29,9 @@ class ModelConfig:
     embed_dim: int = knob(64, "Width of embeddings and blocks.", minimum=1)
     num_blocks: int = knob(2, "Blocks.", minimum=0)
     num_heads: int = knob(2, "Attention heads; they share the width.", minimum=1)
-    dropout: float = knob(0.2, "Share of values dropped after embeddings, attention and feed-forward.", minimum=0.0, maximum=0.9)
+    dropout: float = knob(
+        0.2, "Share of values dropped after embeddings, attention and feed-forward.", minimum=0.0, maximum=0.9
+    )
     norm_first: bool = knob(True, "LayerNorm before each sublayer (pre-norm) instead of after the addition.")
     attention: str = knob(
         "softmax", "softmax (SASRec) or hstu (pointwise, gated, relative bias).", choices=("softmax", "hstu")
@@ -37,7 +39,9 @@ class ModelConfig:
     ffn: str = knob("gelu", "Feed-forward layer of softmax blocks.", choices=("gelu", "swiglu"))
     ffn_mult: int = knob(4, "Width of the feed-forward layer in multiples of embed_dim.", minimum=1)
     position: str = knob(
-        "learned", "Positions: learned (counted back from the last event), rope, or none.", choices=("learned", "rope", "none")
+        "learned",
+        "Positions: learned (counted back from the last event), rope, or none.",
+        choices=("learned", "rope", "none"),
     )
     score: str = knob("dot", "Score of an item: dot product, or cosine over temperature.", choices=("dot", "cosine"))
     temperature: float = knob(0.05, "Temperature of cosine scores.", minimum=1e-4)
@@ -57,9 +61,13 @@ class TrainConfig:
     num_negatives: int = knob(512, "Negatives that all positions of a step share (sampled, gbce).", minimum=1)
     negatives: str = knob("uniform", "How shared negatives are drawn.", choices=("uniform", "popularity"))
     logq: bool = knob(True, "Correct sampled and in-batch logits by the log of each item's sampling rate.")
-    gbce_t: float = knob(0.75, "Calibration of gbce: 0 is plain BCE, 1 is like a full softmax.", minimum=0.0, maximum=1.0)
+    gbce_t: float = knob(
+        0.75, "Calibration of gbce: 0 is plain BCE, 1 is like a full softmax.", minimum=0.0, maximum=1.0
+    )
     optimizer: str = knob(
-        "adam", "adam, adamw, or muon for the blocks' matrices with adamw for the rest.", choices=("adam", "adamw", "muon")
+        "adam",
+        "adam, adamw, or muon for the blocks' matrices with adamw for the rest.",
+        choices=("adam", "adamw", "muon"),
     )
     lr: float = knob(1e-3, "Peak learning rate.", minimum=0.0)
     muon_lr: float = knob(0.02, "Peak learning rate of the matrices under muon.", minimum=0.0)
@@ -70,7 +78,9 @@ class TrainConfig:
     lr_step_epochs: int = knob(10, "Epochs between decays of the step schedule.", minimum=1)
     lr_gamma: float = knob(0.5, "Factor of each decay of the step schedule.", minimum=0.0, maximum=1.0)
     clip_norm: float = knob(1.0, "Largest gradient norm; 0 does not clip.", minimum=0.0)
-    ema_decay: float = knob(0.0, "Decay per step of averaged weights used for evaluation; 0 keeps none.", minimum=0.0, maximum=1.0)
+    ema_decay: float = knob(
+        0.0, "Decay per step of averaged weights used for evaluation; 0 keeps none.", minimum=0.0, maximum=1.0
+    )
     seed: int = knob(42, "Seed of everything drawn.", minimum=0)
     precision: str = knob(
         "auto", "fp32, bf16, fp16, or auto: what this hardware is built for.", choices=("auto", "fp32", "bf16", "fp16")
@@ -91,7 +101,7 @@ class TrainConfig:
     save_every: int = knob(0, "Steps between checkpoints; 0 saves at the end of each epoch.", minimum=0)
     keep: int = knob(2, "Most recent checkpoints kept beside the best.", minimum=1)
     max_steps: int = knob(0, "Stop after so many optimizer steps; 0 runs all epochs.", minimum=0)
-    memory_mib: int = knob(256, "Memory for a chunk of scores in evaluation and prediction (MiB).", minimum=1)
+    memory_mib: int = knob(32, "Memory for a chunk of scores in evaluation and prediction (MiB).", minimum=1)
     tensorboard: bool = knob(False, "Also write TensorBoard event files (needs the extra `board`).")
 
 

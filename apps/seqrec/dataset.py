@@ -94,9 +94,7 @@ def history_end(sequences: Sequences, stage: Stage | Literal["train"]) -> Tensor
     return torch.where(ends - sequences.ptr[:-1] >= MIN_EVENTS, ends - held_out, ends)
 
 
-def training_spans(
-    sequences: Sequences, *, max_len: int, window: str = "last", seed: int = 0, epoch: int = 0
-) -> Spans:
+def training_spans(sequences: Sequences, *, max_len: int, window: str = "last", seed: int = 0, epoch: int = 0) -> Spans:
     """The pieces of history to train on, at most `max_len` inputs each.
 
     window: "last" takes each user's most recent inputs (as SASRec does), "random" a piece of that length that ends

@@ -9,14 +9,23 @@ so `protocol_text` goes with every number.
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from apps.seqrec.config import Config
-from apps.seqrec.dataset import Sequences, Spans, Stage, history_end, item_counts, make_batch, query_spans
-from apps.seqrec.dataset import draw_unseen, seen_items
+from apps.seqrec.dataset import (
+    Sequences,
+    Spans,
+    Stage,
+    draw_unseen,
+    history_end,
+    item_counts,
+    make_batch,
+    query_spans,
+    seen_items,
+)
 from apps.seqrec.model import SeqRec
 from shared.device import to_device
 from shared.ranking import Lists, finish, metric_sums, rank_relevant, sampled_candidates_rank, top_k
@@ -154,14 +163,14 @@ def baselines(sequences: Sequences, stage: Stage, *, config: Config) -> dict[str
         owner = torch.repeat_interleave(torch.arange(size), seen.ptr[1:] - seen.ptr[:-1])
         age = torch.arange(owner.numel()) - seen.ptr[owner]
         recent_BI = torch.zeros(size, count_I.numel(), dtype=torch.float64)
-        recent_BI.view(-1).scatter_reduce_(0, owner * count_I.numel() + seen.item, age + 1.0, "amax")
+        recent_BI.view(-1).scatter_reduce_(0, owner * count_I.numel() + seen.item, (age + 1).double(), "amax")
         last = sequences.item[part.end - 1].long()
         length = follow.ptr[last + 1] - follow.ptr[last]
         owner_of_follow = torch.repeat_interleave(torch.arange(size), length)
         step = torch.arange(owner_of_follow.numel()) - (torch.cumsum(length, 0) - length)[owner_of_follow]
         source = follow.ptr[last][owner_of_follow] + step
         successor_BI = (count_I / (count_I.max() + 1)).repeat(size, 1)
-        successor_BI[owner_of_follow, follow.item[source]] += follow.count[source]
+        successor_BI[owner_of_follow, follow.item[source]] += follow.times[source]
         scores = {"popularity": count_I.expand(size, -1), "most recent": recent_BI, "successor": successor_BI}
         for name, score_BI in scores.items():
             own = score_BI.gather(1, target[:, None])
@@ -184,7 +193,7 @@ class FollowCounts(NamedTuple):
 
     ptr: Tensor  # [I + 1] int64 into item and count
     item: Tensor  # [P] int64
-    count: Tensor  # [P] float64
+    times: Tensor  # [P] float64, how often
 
 
 def follow_counts(sequences: Sequences) -> FollowCounts:
@@ -193,9 +202,7 @@ def follow_counts(sequences: Sequences) -> FollowCounts:
     user = torch.repeat_interleave(torch.arange(sequences.num_users), sequences.ptr[1:] - sequences.ptr[:-1])
     index = torch.arange(sequences.num_events)
     index = index[index + 1 < history_end(sequences, "train")[user]]
-    pair, count = torch.unique(
-        sequences.item[index].long() * width + sequences.item[index + 1], return_counts=True
-    )
+    pair, count = torch.unique(sequences.item[index].long() * width + sequences.item[index + 1], return_counts=True)
     ptr = torch.searchsorted(pair, torch.arange(width + 1) * width)
     return FollowCounts(ptr, pair % width, count.double())
 

@@ -33,10 +33,14 @@ VERBS = ("train", "evaluate", "predict", "prepare", "check", "export")
 VERB_ALIASES = {"state-dict-path": "weights"}
 DEMO_NOTE = "demo data: generated sequences with a hidden structure, not a real data set"
 
-typer_app = cli.make_app(APP, "Train, evaluate and use sequential recommenders: SASRec and HSTU blocks in plain PyTorch.")
+typer_app = cli.make_app(
+    APP, "Train, evaluate and use sequential recommenders: SASRec and HSTU blocks in plain PyTorch."
+)
 options = cli.config_options(Config, presets=PRESETS, aliases=ALIASES)
 
-RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Folder that run folders are made in.", rich_help_panel="Run")]
+RunsDir = Annotated[
+    Path, typer.Option("--runs-dir", help="Folder that run folders are made in.", rich_help_panel="Run")
+]
 Weights = Annotated[
     Path | None,
     typer.Option(
@@ -103,9 +107,10 @@ def train(
 
     c = training.build(resolved.config, sequences)
     settings = resolved.config.training
-    with RunLog(run_dir, say=say, tensorboard=settings.tensorboard, resume_step=resume_step) as log, StopSignal(
-        say=say
-    ) as stop:
+    with (
+        RunLog(run_dir, say=say, tensorboard=settings.tensorboard, resume_step=resume_step) as log,
+        StopSignal(say=say) as stop,
+    ):
         if is_demo:
             log.info(f"This is {DEMO_NOTE}; use --data-path for your own.")
         log.info(describe_run(c, run_dir))
@@ -223,7 +228,8 @@ def predict(
     ),
     k: Annotated[int, typer.Option("--k", min=1, help="Items per user.", rich_help_panel="Run")] = 10,
     keep_seen: Annotated[
-        bool, typer.Option("--keep-seen/--drop-seen", help="Also recommend items of the history.", rich_help_panel="Run")
+        bool,
+        typer.Option("--keep-seen/--drop-seen", help="Also recommend items of the history.", rich_help_panel="Run"),
     ] = False,
 ) -> None:
     """Write the k best next items of every user, exactly ranked, after the whole history."""
@@ -245,7 +251,9 @@ def predict(
                 }
                 file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
                 lines += 1
-    typer.echo(f"{output}: {k} items for each of {lines:,} users, exact over {sequences.num_items:,} items, from {path}")
+    typer.echo(
+        f"{output}: {k} items for each of {lines:,} users, exact over {sequences.num_items:,} items, from {path}"
+    )
 
 
 @typer_app.command()
@@ -349,14 +357,15 @@ def print_table(console: Console, result: Mapping[str, Any]) -> None:
     for note in result["notes"]:
         console.print(note, markup=False)
     console.print(result["protocol"], markup=False)
-    columns = result["table_columns"]
-    table = Table(title=None)
+    measured = result["table_columns"][1:]
+    columns = [name for name in measured if name.startswith("HR@") or name.endswith("@10")]  # what fits a terminal
+    table = Table()
     table.add_column("model")
-    for column in columns[1:]:
+    for column in columns:
         table.add_column(column, justify="right")
     for row in result["table"]:
         cells = []
-        for column in columns[1:]:
+        for column in columns:
             best = max(other[column] for other in result["table"]) == row[column] > 0
             cells.append(f"[bold]{row[column]:.4f}[/bold]" if best else f"{row[column]:.4f}")
         table.add_row(row["model"], *cells)

@@ -26,6 +26,7 @@ from apps.seqrec.dataset import (
     SeenItems,
     Sequences,
     Spans,
+    Stage,
     draw_unseen,
     epoch_order,
     item_counts,
@@ -104,7 +105,7 @@ class Outcome:
 
     state: TrainState
     progress: Progress
-    metrics: dict[str, dict[str, float]] | None  # "valid", "test" of the best checkpoint
+    metrics: dict[Stage, dict[str, float]] | None  # "valid", "test" of the best checkpoint
 
 
 def build(config: Config, sequences: Sequences) -> Components:
@@ -212,12 +213,12 @@ def step_batches(c: Components, spans: Spans, *, epoch: int, index: int) -> list
     size = -(-spans.user.numel() // training.accumulate)
     batches = [
         make_batch(c.sequences, Spans(*part), packed=c.packed, row_len=c.config.data.max_len)._replace(shared=shared)
-        for part in zip(*(column.split(size) for column in spans), strict=True)
+        for part in zip(*(torch.split(column, size) for column in spans), strict=True)
     ]
     if c.seen is not None:
         generator = make_generator(training.seed, epoch=epoch, step=index, stream=UNSEEN_STREAM)
         user = torch.cat([b.user[b.segment.flatten()[b.place] - 1] for b in batches])
-        unseen = draw_unseen(c.seen, user, generator).split([b.target.numel() for b in batches])
+        unseen = torch.split(draw_unseen(c.seen, user, generator), [b.target.numel() for b in batches])
         batches = [b._replace(unseen=part) for b, part in zip(batches, unseen, strict=True)]
     return batches
 
@@ -296,7 +297,7 @@ def learning_rate_factor(c: Components, step: int) -> float:
     training = c.config.training
     return lr_factor(
         step,
-        kind=training.lr_scheduler,
+        kind=training.lr_scheduler,  # type: ignore[arg-type]  # the knob's choices are the schedule's kinds
         total_steps=training.epochs * c.steps_per_epoch,
         warmup_steps=training.warmup_steps,
         min_factor=training.min_lr,
@@ -323,9 +324,7 @@ def checkpoint_tree(c: Components, state: TrainState, meter: Meter, progress: Pr
 
 def restore(c: Components, tree: Mapping[str, Any], path: Path) -> tuple[TrainState, Meter, Progress]:
     """State, meter and progress as they were; refuses a checkpoint of another app, configuration or data."""
-    check_identity(
-        tree["identity"], identity(c), path=path, ignore={f"config.{name}" for name in VOLATILE}
-    )
+    check_identity(tree["identity"], identity(c), path=path, ignore={f"config.{name}" for name in VOLATILE})
     meter = Meter(tree["meter"]["loss"].to(c.device), tree["meter"]["steps"])
     return load_state_tree(c.state, tree), meter, Progress(**tree["progress"])
 
@@ -407,9 +406,12 @@ def fit(
         model.load_state_dict(best["ema"] if best["ema"] is not None else best["model"])
         log.info(f"testing the checkpoint of epoch {progress.best_epoch + 1}, the best by validation {training.select}")
     try:
+        stages: tuple[Stage, ...] = ("valid", "test")
         final = {
-            stage: evaluate(model, c.sequences, stage, config=c.config, packed=c.packed, on_users=checked(stop, on_users))
-            for stage in ("valid", "test")
+            stage: evaluate(
+                model, c.sequences, stage, config=c.config, packed=c.packed, on_users=checked(stop, on_users)
+            )
+            for stage in stages
         }
     except Stopped:
         return Outcome(state, progress, None)
@@ -468,7 +470,9 @@ def result_table(
 ) -> tuple[list[str], list[dict[str, Any]]]:
     """Columns and rows: the model first, the baselines below it."""
     columns = [f"{name}@{k}" for name in ("HR", "NDCG", "MRR") for k in config.training.ks]
-    rows = [{"model": name, **{column: row[column] for column in columns}} for name, row in {APP: metrics, **others}.items()]
+    rows = [
+        {"model": name, **{column: row[column] for column in columns}} for name, row in {APP: metrics, **others}.items()
+    ]
     return ["model", *columns], rows
 
 
@@ -493,7 +497,7 @@ def write_result(
         "protocol": protocol_text(c.sequences, "test", protocol),
         "metrics": {
             stage: {"protocol": protocol_text(c.sequences, stage, protocol), **values}
-            for stage, values in (("valid", outcome.metrics["valid"]), ("test", outcome.metrics["test"]))
+            for stage, values in outcome.metrics.items()
         },
         "table_columns": columns,
         "table": rows,

@@ -73,9 +73,7 @@ def test_packed_and_padded_rows_give_the_same_hidden_states(name):
     packed, padded = batches()
     assert torch.equal(packed.target, padded.target)
     model = make_model(**VARIANTS[name])
-    torch.testing.assert_close(
-        run(model, packed)[packed.place], run(model, padded)[padded.place], rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(run(model, packed)[packed.place], run(model, padded)[padded.place], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

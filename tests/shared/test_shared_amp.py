@@ -140,9 +140,7 @@ def test_an_infinite_gradient_with_a_finite_loss_is_found_through_the_norm():
 
     model = Root()
     state = make_state(model, [torch.optim.SGD(model.parameters(), lr=0.1)], precision="fp32", device=CPU)
-    state, output = amp_step(
-        state, [torch.ones(2)], lambda m, x: (m(x).sum(), {}), amp=AmpConfig(clip_norm=1.0)
-    )
+    state, output = amp_step(state, [torch.ones(2)], lambda m, x: (m(x).sum(), {}), amp=AmpConfig(clip_norm=1.0))
     assert torch.isfinite(output.loss)
     with pytest.raises(NonFiniteError, match="in step 1; no checkpoint"):
         raise_if_nonfinite(state, checkpoint=None)

@@ -1,8 +1,9 @@
-"""Atomic writing, fingerprints, safetensors and packs: compared with the standard library and the safetensors library."""
+"""Atomic writing, fingerprints, safetensors and packs: against the standard library and safetensors."""
 
 import json
 import os
 import struct
+import subprocess
 import sys
 import time
 import zlib
@@ -57,7 +58,7 @@ def test_failure_while_writing_keeps_the_old_file_and_leaves_no_temporary(tmp_pa
     atomic_write_bytes(path, b"old")
 
     def write_half() -> None:
-        with files._atomic(path) as file:
+        with files.atomic_writer(path) as file:
             file.write(b"half")
             raise KeyboardInterrupt
 
@@ -69,9 +70,16 @@ def test_failure_while_writing_keeps_the_old_file_and_leaves_no_temporary(tmp_pa
 
 def test_file_and_folder_are_synced_before_and_after_the_rename(tmp_path, monkeypatch):
     events = []
-    real_fsync, real_replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (events.append("fsync"), real_fsync(fd))[1])
-    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("replace"), real_replace(a, b))[1])
+
+    def noted(name: str, real):
+        def call(*arguments):
+            events.append(name)
+            return real(*arguments)
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", noted("fsync", os.fsync))
+    monkeypatch.setattr(os, "replace", noted("replace", os.replace))
     atomic_write_bytes(tmp_path / "a.bin", b"x")
     assert events == (["fsync", "replace"] if os.name == "nt" else ["fsync", "replace", "fsync"])
 
@@ -90,7 +98,8 @@ def test_mode_follows_the_umask(tmp_path, umask):
 def test_replace_survives_two_permission_errors(tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(b"new")
     (tmp_path / "b").write_bytes(b"old")
-    calls, pauses = [], []
+    calls: list[Path] = []
+    pauses: list[float] = []
     real = os.replace
 
     def held_twice(src, dst):
@@ -122,10 +131,9 @@ def test_replace_gives_up_in_the_end_and_the_old_file_stays(tmp_path, monkeypatc
 
 @posix_only
 def test_only_temporaries_of_dead_processes_are_removed(tmp_path):
-    dead = os.fork() if sys.version_info < (3, 12) else os.posix_spawn("/bin/true", ["true"], {})
-    if dead == 0:
-        os._exit(0)
-    os.waitpid(dead, 0)
+    process = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    process.wait()
+    dead = process.pid
     stale = tmp_path / f".step-00000001.safetensors.{dead}.tmp"
     kept = [f".a.{os.getpid()}.tmp", f".a.{os.getppid()}.tmp", ".a.tmp", f"a.{dead}.tmp", f".a.{dead}.tmp2", ".a.0.tmp"]
     for name in [stale.name, *kept]:
@@ -140,8 +148,9 @@ def test_only_temporaries_of_dead_processes_are_removed(tmp_path):
 def test_fingerprint_changes_with_name_size_contents_and_order_and_not_with_the_folder(tmp_path):
     def make(folder: str, name: str, data: bytes) -> Path:
         (tmp_path / folder).mkdir(exist_ok=True)
-        (tmp_path / folder / name).write_bytes(data)
-        return tmp_path / folder / name
+        path: Path = tmp_path / folder / name
+        path.write_bytes(data)
+        return path
 
     a, b = make("one", "a", b"12345"), make("one", "b", b"678")
     prints = [
@@ -221,7 +230,7 @@ def test_views_shared_memory_and_odd_sizes_are_written_in_full(tmp_path):
 
 
 def test_header_is_padded_and_every_tensor_is_aligned(tmp_path):
-    tensors = {f"t{i}": torch.ones(3, dtype=dtype) for i, dtype in enumerate(DTYPES)}
+    tensors = {f"t{i}": torch.ones(24, dtype=torch.uint8).view(dtype)[:1] for i, dtype in enumerate(DTYPES)}
     write_safetensors(tmp_path / "a.safetensors", tensors, {"k": "v"})
     data = (tmp_path / "a.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
@@ -372,6 +381,7 @@ def test_without_verify_a_flip_in_a_tensor_passes_and_one_in_its_record_does_not
     read_pack(path, kind="k")
     with pytest.raises(DamagedFileError, match="tensor 'x' does not match its checksum"):
         read_pack(path, kind="k", verify=True)
-    path.write_bytes(data.replace(b'"[4]"', b'"[5]"').replace(b'\\"kind\\"', b'\\"kinD\\"'))
+    assert data.count(b"kind") == 1
+    path.write_bytes(data.replace(b"kind", b"kinD"))
     with pytest.raises(DamagedFileError, match="description does not match"):
         read_pack(path, kind="k")

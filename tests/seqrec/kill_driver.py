@@ -1,0 +1,159 @@
+"""Kill training processes with SIGKILL at random moments until a run ends, again and again; print what came out.
+
+    python tests/seqrec/kill_driver.py FOLDER ROUNDS SEED
+
+One process imports torch and forks a child per attempt, so that an attempt costs a fraction of a second. A child runs
+the real command line. Moments are drawn: after a random time, or at a random call of something inside a step, a save
+or an evaluation. The last line is JSON: per round the number of kills, whether anything differs from the run that was
+never killed, and where the kills landed.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import apps.seqrec.evaluate
+import apps.seqrec.main
+import apps.seqrec.train
+import shared.files
+from shared.checkpoint import load_checkpoint
+
+FLAGS = "--epochs 3 --batch-size 16 --max-len 12 --embed-dim 16 --save-every 3 --log-every 2 --norm-every 2 --lr 0.01"
+PLACES = {  # where a child kills itself: (module, function)
+    "step": (apps.seqrec.train, "amp_step"),
+    "evaluation": (apps.seqrec.evaluate, "rank_relevant"),
+    "before fsync": (shared.files.os, "fsync"),
+    "before replace": (shared.files.os, "replace"),
+    "after a save": (apps.seqrec.train, "save_step"),
+}
+
+
+def write_data(path: Path) -> None:
+    """Users who walk in a circle, as SASRec text."""
+    generator = random.Random(0)
+    lines = []
+    for user in range(70):
+        start = generator.randrange(15)
+        lines += [f"{user + 1} {(start + i) % 15 + 1}" for i in range(generator.randint(5, 25))]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def plant(place: str, call: int, *, after: bool) -> None:
+    """Make this process kill itself at the given call of a function, before or after the call."""
+    module, name = PLACES[place]
+    original = getattr(module, name)
+    calls = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(module, name, counted)
+
+
+def attempt(words: list[str], planted: tuple[str, int, bool] | None, delay_s: float | None) -> int:
+    """Run the command line in a child; its wait status. Killed by the plant or after the delay, whichever there is."""
+    child = os.fork()
+    if child == 0:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        code = 1
+        try:
+            if planted is not None:
+                plant(planted[0], planted[1], after=planted[2])
+            apps.seqrec.main.app(words)
+        except SystemExit as end:
+            code = int(end.code or 0)
+        finally:
+            os._exit(code)
+    if delay_s is not None:
+        time.sleep(delay_s)
+        os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+
+def outcome(run_dir: Path) -> dict[str, Any]:
+    """All that must not depend on kills: weights, metrics, lines of metrics.jsonl, names of the checkpoints."""
+    checkpoints = sorted((run_dir / "checkpoints").iterdir())
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
+    return {
+        "weights": {path.name: load_checkpoint(path) for path in checkpoints},
+        "metrics": result["metrics"],
+        "table": result["table"],
+        "lines": [
+            {key: value for key, value in line.items() if not key.startswith("time") and not key.endswith("_per_s")}
+            for line in lines
+        ],
+    }
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Equality to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+def only(folder: Path) -> Path:
+    """The single run folder below `folder`."""
+    (run_dir,) = [path for path in (folder / "seqrec").iterdir() if (path / "config.yaml").is_file()]
+    return run_dir
+
+
+def main(folder: Path, rounds: int, seed: int) -> None:
+    """Print one JSON line."""
+    draw = random.Random(seed)
+    data = folder / "walk.txt"
+    write_data(data)
+    start = ["train", "--data-path", str(data), *FLAGS.split(), "--runs-dir"]
+    begin = time.perf_counter()
+    status = attempt([*start, str(folder / "whole")], None, None)
+    whole_s = time.perf_counter() - begin
+    assert status == 0, status
+    expected = outcome(only(folder / "whole"))
+    report = []
+    for index in range(rounds):
+        runs = folder / f"round-{index}"
+        moments = []
+        words = [*start, str(runs)]
+        while True:
+            planted, delay_s = None, None
+            if len(moments) < 4:
+                if draw.random() < 0.4:
+                    delay_s = draw.uniform(0.0, whole_s)
+                else:
+                    place = draw.choice(list(PLACES))
+                    planted = (place, draw.randint(1, 12 if place == "step" else 4), draw.random() < 0.5)
+            status = attempt(words, planted, delay_s)
+            if os.WIFSIGNALED(status):
+                moments.append(planted[0] if planted else f"{delay_s:.2f} s")
+            else:
+                assert status == 0, (status, words, moments)
+                break
+            begun = [path for path in runs.glob("seqrec/*") if (path / "config.yaml").is_file()]
+            words = ["train", "--resume", str(begun[0])] if begun else words
+        report.append({"kills": moments, "identical": equal(outcome(only(runs)), expected)})
+    print(json.dumps({"rounds": report}))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
