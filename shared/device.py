@@ -44,8 +44,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
     Goes into NamedTuples and tuples; everything else (None, numbers, strings) stays as it is.
     """
-    moved: Any = _move(batch, device)
-    return moved  # type: ignore[no-any-return]
+    moved: Batch = _move(batch, device)
+    return moved
 
 
 def describe_machine() -> dict[str, str]:

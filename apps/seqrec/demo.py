@@ -2,11 +2,11 @@
 
 Legend: U users, I items, C clusters, K successors of an item, T steps.
 
-Items live in clusters ("genres"), some far more popular than others. A user has a few favourite clusters, and is of one
-of a few kinds. Most of the time the next item is a hidden successor of the last one, and which of its successors depends
-on the user's kind; otherwise the user jumps to an item of a favourite cluster, by popularity, usually after a longer
-pause, and now and then to a signature item, which only users of this kind meet. So the last item alone leaves several
-items to choose from, and the rest of the history tells which. Nobody meets an item twice, as in ratings data.
+Items live in clusters ("genres"), some far more popular than others. A user has a few favourite clusters, and is of
+one of a few kinds. Most of the time the next item is a hidden successor of the last one, and which of its successors
+depends on the user's kind; otherwise the user jumps to an item of a favourite cluster, by popularity, usually after a
+longer pause, and now and then to a signature item, which only users of this kind meet. So the last item alone leaves
+several items to choose from, and the rest of the history tells which. Nobody meets an item twice, as in ratings data.
 """
 
 from pathlib import Path

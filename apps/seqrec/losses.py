@@ -7,11 +7,12 @@ positions share. Scores are dot products; cosine and temperature are applied to 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 EXCLUDED = -1e9  # logit of a shared negative that is the position's own target: exp() of it is exactly 0
@@ -30,7 +31,7 @@ class _CrossEntropy(torch.autograd.Function):
     """Sum of cross-entropies; forward computes both gradients too, so that each chunk of logits is made once."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, query_ND: Tensor, item_CD: Tensor, target_N: Tensor, bias_C: Tensor | None) -> Tensor:
+    def forward(ctx: Any, query_ND: Tensor, item_CD: Tensor, target_N: Tensor, bias_C: Tensor | None) -> Tensor:
         device = query_ND.device.type
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query_ND.dtype
         query, item = query_ND.to(low), item_CD.to(low)
@@ -58,7 +59,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_query, grad_item = ctx.saved_tensors
         return grad_query * grad, grad_item * grad, None, None
 
@@ -68,7 +69,7 @@ def cross_entropy(query_ND: Tensor, item_CD: Tensor, target_N: Tensor, *, bias_C
 
     `target_N` ([N] int64) indexes rows of `item_CD`; `bias_C` is added to the logits (logQ) and gets no gradient.
     """
-    total: Tensor = _CrossEntropy.apply(query_ND, item_CD, target_N, bias_C)
+    total: Tensor = _CrossEntropy.apply(query_ND, item_CD, target_N, bias_C)  # type: ignore[no-untyped-call]
     return total / max(1, target_N.numel())
 
 
@@ -156,5 +157,5 @@ def sum_of_chunks(
     if target_N.numel() <= rows:
         total: Tensor = part(query_ND, target_N)
         return total
-    pieces = zip(query_ND.split(rows), target_N.split(rows), strict=True)
+    pieces = zip(torch.split(query_ND, rows), torch.split(target_N, rows), strict=True)
     return torch.stack([checkpoint(part, query, target, use_reentrant=False) for query, target in pieces]).sum()

@@ -235,8 +235,7 @@ class SeqRec(nn.Module):
                 x = checkpoint(block, x, context, use_reentrant=False)
             else:
                 x = block(x, context)
-        hidden: Tensor = self.final_norm(x)
-        return hidden
+        return self.final_norm(x)
 
     def context(self, segment_RL: Tensor, time_RL: Tensor | None, *, packed: bool) -> Context:
         """Mask, rotation and relative distances, made once per forward pass."""
