@@ -202,7 +202,7 @@ def evaluate(
     result: dict[str, Any] = {"app": APP, "weights": str(path), "data": sequences.name, "stages": {}}
     for stage in ("valid", "test"):
         metrics = measure(model, sequences, stage, config=config, packed=packed)
-        columns, rows = result_table(config, metrics, baselines(sequences, stage, config=config))
+        columns, rows = result_table(metrics, baselines(sequences, stage, config=config))
         part = {
             "title": f"{stage}, {path}",
             "protocol": protocol_text(sequences, stage, config.training.protocol),

@@ -101,7 +101,7 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How `fit` ended. Without `metrics` it was stopped by a signal or by max_steps and can be resumed."""
+    """How `fit` ended. Without `metrics` it was stopped by a signal and can be resumed."""
 
     state: TrainState
     progress: Progress
@@ -273,9 +273,10 @@ def train_epoch(
                 "lr": training.lr * learning_rate_factor(c, state.step - 1),
             }
             timer.mark("sync")
+            split = timer.summary()
             values |= rates.read()._asdict()
-            values |= {f"time_{name}": share for name, share in timer.summary().shares().items()}
-            note = f"loss {values['loss']:.4f}"
+            values |= {f"time_{name}": share for name, share in split.shares().items()}
+            note = f"loss {values['loss']:.4f} ({split.line()})"
             log.metrics("train", state.step, state.epoch, values)
             meter = Meter(torch.zeros_like(meter.loss), 0)
         if due(state.step, training.norm_every) and output.grad_norm is not None:
@@ -389,12 +390,12 @@ def fit(
         if whole:
             state = replace(state, epoch=epoch + 1)
         if metrics is not None:
-            log.metrics("valid", state.step, epoch, metrics)
             value = selected(metrics, training.select)
+            log.metrics("valid", state.step, epoch, {training.select: value, **shown(metrics)})
             better = value > progress.best
             progress = Progress(value, epoch, 0) if better else progress._replace(stale=progress.stale + 1)
-            shown = ", ".join(f"{name} {metrics[name]:.4f}" for name in ("NDCG@10", "HR@10") if name in metrics)
-            log.info(f"epoch {epoch + 1}: validation {shown}{' (best so far)' if better else ''}")
+            words = ", ".join(f"{name} {metrics[name]:.4f}" for name in ("NDCG@10", "HR@10") if name in metrics)
+            log.info(f"epoch {epoch + 1}: validation {words}{' (best so far)' if better else ''}")
             if better:
                 save_best(folder, checkpoint_tree(c, state, meter, progress))
         save(state, meter)
@@ -451,6 +452,11 @@ def selected(metrics: Mapping[str, float], name: str) -> float:
     return metrics[name]
 
 
+def shown(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics worth a curve or a column: with one target a user, recall is HR and precision is HR / k."""
+    return {name: value for name, value in metrics.items() if name.startswith(("HR@", "NDCG@", "MRR@"))}
+
+
 def compile_or_say_why(c: Components, log: RunLog) -> None:
     """Compile the model in place after trying it on one sequence; where that fails, say why once and go on eagerly."""
     model = c.state.model
@@ -466,14 +472,11 @@ def compile_or_say_why(c: Components, log: RunLog) -> None:
 
 
 def result_table(
-    config: Config, metrics: Mapping[str, float], others: Mapping[str, Mapping[str, float]]
+    metrics: Mapping[str, float], others: Mapping[str, Mapping[str, float]]
 ) -> tuple[list[str], list[dict[str, Any]]]:
     """Columns and rows: the model first, the baselines below it."""
-    columns = [f"{name}@{k}" for name in ("HR", "NDCG", "MRR") for k in config.training.ks]
-    rows = [
-        {"model": name, **{column: row[column] for column in columns}} for name, row in {APP: metrics, **others}.items()
-    ]
-    return ["model", *columns], rows
+    rows = [{"model": name, **shown(row)} for name, row in {APP: metrics, **others}.items()]
+    return list(rows[0]), rows
 
 
 def write_result(
@@ -483,7 +486,7 @@ def write_result(
     assert outcome.metrics is not None
     protocol = c.config.training.protocol
     lines = [line for line in read_metrics(run_dir / "metrics.jsonl") if line["kind"] == "train"]
-    columns, rows = result_table(c.config, outcome.metrics["test"], baselines(c.sequences, "test", config=c.config))
+    columns, rows = result_table(outcome.metrics["test"], baselines(c.sequences, "test", config=c.config))
 
     def typical(name: str) -> float | None:
         values = [line[name] for line in lines if line.get(name) is not None]
@@ -506,8 +509,8 @@ def write_result(
         "speed": {
             "sequences/s": typical("samples_per_s"),
             "steps/s": typical("steps_per_s"),
-            "measured": "median over the logged intervals of training, evaluation and saving excluded",
         },
+        "speed_measured": "median over the logged intervals of training; evaluation and saving are not in it",
         "time_split": {name.removeprefix("time_"): typical(name) for name in sections},
         "machine": machine,
         "versions": {"torch": machine["torch"], "python": machine["python"]},
