@@ -1,7 +1,7 @@
 """The optimizer step every project gets wrong once, written once: one call of `amp_step` is one optimizer step.
 
 Order of a step: autocast forward and backward of every micro-batch, unscale, clip, step, update the scaler, zero the
-gradients, average. In fp32 and bf16 nothing is copied to the host; fp16 copies the scaler's overflow flag.
+gradients, average. In fp32 and bf16 nothing is copied to the host; in fp16 the scaler may copy its overflow flag.
 """
 
 import copy
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 B = TypeVar("B")
 LossFn = Callable[[nn.Module, B], tuple[Tensor, dict[str, Tensor]]]
 
+SMALLEST_SCALE = 2.0**-10  # of the fp16 scaler; it starts at 2 ** 16 and halves whenever a step overflows
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -74,11 +75,11 @@ def resolve_precision(name: str, device: torch.device) -> tuple[str, str]:
     if name in ("auto", "fp32"):
         return "fp32", "as asked" if name == "fp32" else "the device is a CPU"
     capabilities = torch.cpu.get_capabilities()
-    if name == "bf16" and not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
+    if name == "bf16" and not any(map(capabilities.get, ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))):
         raise ValueError(
             "this CPU has no bf16 units, where bf16 is about 100 times slower than fp32; use --precision fp32"
         )
-    if name == "fp16" and not (capabilities.get("avx512_fp16") or capabilities.get("amx_fp16")):
+    if name == "fp16" and not any(map(capabilities.get, ("avx512_fp16", "amx_fp16", "fp16_arith"))):
         raise ValueError(
             "this CPU has no fp16 units, where fp16 is about 100 times slower than fp32; use --precision fp32"
         )
@@ -171,7 +172,7 @@ def amp_step(
         update_average_(state.ema, model, state.ema_decay)
 
     bad = ~torch.isfinite(loss)
-    if norm is not None and amp.precision != "fp16":  # under fp16 an overflow is skipped and the scale halved
+    if norm is not None and not scaler.is_enabled():  # under fp16 an overflow is skipped and the scale halved
         bad = bad | ~torch.isfinite(norm)
     first_bad_step = torch.where((state.first_bad_step < 0) & bad, state.step + 1, state.first_bad_step)
     mark("optimizer")
@@ -189,17 +190,26 @@ def update_average_(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 def raise_if_nonfinite(state: TrainState, *, checkpoint: Path | None) -> None:
-    """Stop a run whose loss or gradient stopped being a number; `checkpoint` is the last good one.
+    """Stop a run whose loss, gradient or weights stopped being numbers; `checkpoint` is the last good one.
 
-    Asks the device for one number (a sync), so call it where something is due anyway: logging, saving, evaluation.
+    Under fp16 also one whose every step overflows. Asks the device for one number (a sync), so call it where something
+    is due anyway, and before anything is saved: a gradient that broke the last step shows in the weights alone.
     """
-    bad_step = int(state.first_bad_step)  # sync
-    if bad_step >= 0:
-        rescue = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been written yet"
-        raise NonFiniteError(
-            f"the loss or a gradient became infinite or not a number in step {bad_step}; {rescue}. "
-            "Lower --lr, clip with --clip-norm 1, use --precision fp32 or bf16, or look for bad values in the data."
-        )
+    healthy = torch.stack([p.isfinite().all() for p in state.model.parameters()]).all()
+    verdict = torch.where(healthy & (state.first_bad_step < 0), -1, state.first_bad_step.clamp(min=0))
+    bad_step = int(verdict)  # sync
+    stuck = state.scaler.is_enabled() and state.scaler.get_scale() < SMALLEST_SCALE
+    if bad_step < 0 and not stuck:
+        return
+    what = (
+        "every gradient overflows in fp16" if stuck else "the loss, a gradient or a weight is infinite or not a number"
+    )
+    when = f"since step {bad_step}" if bad_step > 0 else f"at step {state.step}"
+    rescue = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been written yet"
+    raise NonFiniteError(
+        f"{what} {when}; {rescue}. "
+        "Lower --lr, clip with --clip-norm 1, use --precision fp32 or bf16, or look for bad values in the data."
+    )
 
 
 def state_tree(state: TrainState) -> dict[str, Any]:

@@ -177,11 +177,11 @@ def _dotted(keys: tuple[Any, ...]) -> str:
 # A folder of them
 
 
-def save_step(folder: StrPath, tree: Mapping[str, Any], *, step: int, keep: int, protect: Collection[int] = ()) -> Path:
+def save_step(folder: StrPath, tree: Mapping[str, Any], *, step: int, keep: int) -> Path:
     """Write `step-00001234.safetensors` into the folder, delete older ones, and return its path.
 
-    Of this step and the steps before it the newest `keep` stay, and those in `protect`. Later steps, left by a run that
-    went further, are not touched. What writers that were killed left behind is removed.
+    Of this step and the steps before it the newest `keep` stay. Later steps, left by a run that went further, are not
+    touched. What writers that were killed left behind is removed.
     """
     if keep < 1:
         raise ValueError(f"keep {keep}: at least the checkpoint just written must stay; use 1 or more")
@@ -192,10 +192,9 @@ def save_step(folder: StrPath, tree: Mapping[str, Any], *, step: int, keep: int,
     path = folder / f"step-{step:08d}.safetensors"
     save_checkpoint(path, tree)
     older = [(number, file) for number, file in _steps(folder) if number < step]
-    for number, file in older[keep - 1 :]:
-        if number not in protect:
-            with suppress(PermissionError):  # Windows: another program reads it; the next save tries again
-                file.unlink(missing_ok=True)
+    for _, file in older[keep - 1 :]:
+        with suppress(PermissionError):  # Windows: another program reads it; the next save tries again
+            file.unlink(missing_ok=True)
     remove_stale_temporaries(folder)
     return path
 
@@ -211,14 +210,25 @@ def save_best(folder: StrPath, tree: Mapping[str, Any]) -> Path:
 def newest_checkpoint(folder: StrPath, *, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
     """Path and tree of the readable checkpoint with the highest step, or None where the folder has none.
 
-    Each one that cannot be read is named through `warn`, with what is used instead; the best one comes last.
-    Where there are checkpoints and none can be read, raises DamagedCheckpointError that names them all.
+    The best one takes part with the "step" of its tree, or as the oldest where that is no integer; at the same step the
+    step file is taken. Each one that cannot be read is named through `warn`, a damaged best one even where a later step
+    is used. Where there are checkpoints and none can be read, raises DamagedCheckpointError that names them all.
     """
     folder = Path(folder)
-    candidates = [path for _, path in _steps(folder)]
-    if (folder / _BEST).exists():
-        candidates.append(folder / _BEST)
+    steps = _steps(folder)
     faults = []
+    best = folder / _BEST
+    if best.exists():
+        try:
+            # Killed between the two saves of a step, a run leaves a best one that is newer than every step file. Going
+            # on from less could, where sums differ from run to run, leave weights beside it that this run never had.
+            steps.append((_step_in(best), best))
+        except (CheckpointError, OSError) as error:
+            faults.append(str(error))
+            if steps:
+                warn(f"{error}. Going on without it")
+    steps.sort(key=lambda entry: (entry[0], entry[1] != best), reverse=True)
+    candidates = [path for _, path in steps]
     for i, path in enumerate(candidates):
         try:
             return path, load_checkpoint(path)
@@ -233,6 +243,12 @@ def newest_checkpoint(folder: StrPath, *, warn: Callable[[str], None]) -> tuple[
             "Restore one from a copy, or start a new run."
         )
     return None
+
+
+def _step_in(path: Path) -> int:
+    """The step that the checkpoint's tree names, -1 where it names none; the tree is not kept, for it may be large."""
+    step = load_checkpoint(path).get("step")
+    return step if type(step) is int else -1
 
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:

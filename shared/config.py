@@ -182,38 +182,6 @@ def as_dict(config: Any) -> dict[str, dict[str, Any]]:
     }
 
 
-def from_dict(config_type: type[C], mapping: Mapping[str, Any], *, where: str) -> C:
-    """Return the configuration that as_dict turned into nested plain dictionaries; absent keys take their default.
-
-    where names the place in messages. Raises ConfigError for unknown keys and for values of the wrong type or range.
-    """
-    sections = _sections(config_type)
-    table = knobs(config_type)
-    values: dict[str, Any] = {}
-    for section, part in mapping.items():
-        if section not in sections:
-            raise _unknown_section(config_type, section, where)
-        if not isinstance(part, Mapping):
-            raise ConfigError(f"{where}: section {section} is {_shown(part)}; expected a mapping of keys to values")
-        for name, value in part.items():
-            if name not in table or table[name].section != section:
-                raise _unknown_key(config_type, section, name, where)
-            values[name] = _typed(table[name], value, where)
-    return _build(config_type, values)
-
-
-def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Return one line per value in which two nested mappings differ, such as "training.lr: 0.001 != 0.002"."""
-    lines = []
-    for key in [*a, *(key for key in b if key not in a)]:
-        left, right = a.get(key, _ABSENT), b.get(key, _ABSENT)
-        if isinstance(left, Mapping) and isinstance(right, Mapping):
-            lines += [f"{key}.{line}" for line in differences(left, right)]
-        elif left != right:
-            lines.append(f"{key}: {_shown(left)} != {_shown(right)}")
-    return lines
-
-
 def dump_yaml(resolved: Resolved[Any]) -> str:
     """Return the configuration as YAML that resolve reads back equal; a comment behind each value names its source."""
     lines = []
@@ -227,14 +195,6 @@ def dump_yaml(resolved: Resolved[Any]) -> str:
 
 
 # Definition
-
-
-class _Absent:
-    def __repr__(self) -> str:
-        return "absent"
-
-
-_ABSENT = _Absent()
 
 
 def _sections(config_type: type) -> dict[str, type]:

@@ -13,7 +13,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device of that name ("auto", "cpu", "cuda", "cuda:1", "mps"); "auto" is CUDA if there is any, else the CPU.
+    """The device of that name ("auto", "cpu", "cuda", "cuda:1"); "auto" is CUDA if there is any, else the CPU.
 
     A CUDA device comes back with its index, so that it compares equal to the device of the tensors on it.
     """
@@ -22,11 +22,11 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device {name!r} is not known; use auto, cpu, cuda, cuda:N or mps") from None
+        raise ValueError(f"device {name!r} is not known; use auto, cpu, cuda or cuda:N") from None
     if device.type == "cpu":
         return device
-    if device.type == "mps" and torch.backends.mps.is_available():
-        return device
+    if device.type == "mps":
+        raise ValueError(f"device {name!r} cannot be used: it has no float64, which losses are summed in; use cpu")
     if device.type != "cuda":
         raise ValueError(f"device {name!r} cannot be used here; use auto or cpu")
     if not torch.cuda.is_available():
@@ -42,6 +42,7 @@ def pick_device(name: str = "auto") -> torch.device:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with every tensor on `device`; tensors already there are the same objects, not copies.
 
+    Towards CUDA the host does not wait for the copies: its tensors are copied to pinned memory first, and from there.
     Goes into NamedTuples and tuples; everything else (None, numbers, strings) stays as it is.
     """
     moved: Batch = _move(batch, device)
@@ -68,6 +69,8 @@ def describe_machine() -> dict[str, str]:
 
 def _move(value: Any, device: torch.device) -> Any:
     if isinstance(value, torch.Tensor):
+        if device.type == "cuda" and value.device.type == "cpu":
+            value = value.pin_memory()  # from pageable memory even a non-blocking copy makes the host wait
         # Only towards CUDA: a non-blocking copy to the CPU could be read before it has arrived.
         return value.to(device, non_blocking=device.type == "cuda")
     if isinstance(value, tuple):

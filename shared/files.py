@@ -1,8 +1,8 @@
-"""Files that are whole or absent, and foreign files that are read as data only.
+"""Files that are whole or absent, and files of tensors that can vouch for themselves.
 
-Three things live here. Atomic writing: temporary name, fsync, replace, fsync of the folder. Safetensors files and the
-packs made of them: tensors plus one JSON record that knows every tensor's type, shape and checksum. And a reader of old
-pickles and .npy files that understands containers, numbers, strings and arrays, and cannot import or call anything.
+Three things live here. Atomic writing: temporary name, fsync, replace, fsync of the folder. A fingerprint of what files
+contain. And safetensors files with the packs made of them: tensors plus one JSON record that knows every tensor's type,
+shape and checksum.
 """
 
 from __future__ import annotations

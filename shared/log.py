@@ -54,7 +54,8 @@ class RunLog:
         """Opens the files of `run_dir` for appending.
 
         With `resume_step` every record of a later step is removed first: the resumed run writes them again, and the
-        file ends up as the uninterrupted run's, times apart. `say` shows a line to the user; `clock` counts seconds.
+        file ends up as the uninterrupted run's, times apart. What the run measures again at the step it resumes from is
+        not written twice. `say` shows a line to the user; `clock` counts seconds.
         """
         self._say = say
         self._clock = clock
@@ -63,8 +64,7 @@ class RunLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._tensorboard = _open_tensorboard(run_dir / TENSORBOARD_NAME, resume_step) if tensorboard else None
         metrics_path = run_dir / METRICS_NAME
-        if metrics_path.exists():
-            _cut_metrics(metrics_path, resume_step)
+        self._written_before = _cut_metrics(metrics_path, resume_step) if metrics_path.exists() else frozenset()
         # Line-buffered: a killed process loses at most the line it was writing. A file name need not be valid text.
         self._log_file = open(  # noqa: SIM115 - closed by close()
             run_dir / LOG_NAME, "a", buffering=1, encoding="utf-8", errors="backslashreplace", newline="\n"
@@ -92,12 +92,17 @@ class RunLog:
         self.info(f"{msg} (+{_similar_lines(missed)} suppressed)" if missed else msg)
 
     def metrics(self, kind: str, step: int, epoch: int, values: Mapping[str, MetricValue]) -> None:
-        """Appends one record to metrics.jsonl, flushed; a value that is not finite is written as null."""
+        """Appends one record to metrics.jsonl, flushed; a value that is not finite is written as null.
+
+        Does nothing where the file held a record of this kind and step when it was opened.
+        """
         taken = [name for name in _OWN_KEYS if name in values]
         if taken:
             raise ValueError(
                 f"a metric cannot be called {taken[0]!r}: metrics.jsonl has its own {', '.join(_OWN_KEYS)}"
             )
+        if (kind, step) in self._written_before:
+            return
         finite = {name: None if _is_non_finite(value) else value for name, value in values.items()}
         time_text = self._now().isoformat(timespec="seconds")
         record = {"kind": kind, "step": step, "epoch": epoch, "time": time_text, **finite}
@@ -129,7 +134,7 @@ class RunLog:
 
 
 class StopSignal:
-    """Turns the first SIGINT or SIGTERM into a request that the training loop asks for after each step.
+    """Turns the first SIGINT, SIGTERM or Windows' SIGBREAK into a request that the loop asks for after each step.
 
     Use as a context manager. Outside the main thread, where Python allows no handlers, nothing is ever requested.
     """
@@ -146,8 +151,10 @@ class StopSignal:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._old[number] = signal.signal(number, self._handle)
+            for name in ("SIGINT", "SIGTERM", "SIGBREAK"):  # the last is Ctrl+Break, which only Windows has
+                number = getattr(signal, name, None)
+                if number is not None:
+                    self._old[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -206,16 +213,18 @@ def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return kept
 
 
-def _cut_metrics(path: Path, resume_step: int | None) -> None:
-    """Removes, atomically, a torn last line and the records after `resume_step`."""
+def _cut_metrics(path: Path, resume_step: int | None) -> frozenset[tuple[str, int]]:
+    """Removes, atomically, a torn last line and the records after `resume_step`; returns (kind, step) of the others."""
     kept = [
-        line
+        (line, record)
         for line, record in _read_lines(path)
         if resume_step is None or not isinstance(record.get("step"), int) or record["step"] <= resume_step
     ]
-    text = "".join(f"{line}\n" for line in kept)
+    text = "".join(f"{line}\n" for line, _ in kept)
     if path.read_bytes() != text.encode("utf-8"):
         atomic_write_text(path, text)
+    named = ((record.get("kind"), record.get("step")) for _, record in kept)
+    return frozenset((kind, step) for kind, step in named if isinstance(kind, str) and isinstance(step, int))
 
 
 def _open_tensorboard(folder: Path, resume_step: int | None) -> Any:

@@ -5,16 +5,14 @@ Nothing here runs in a second thread and nothing asks the device for a number: t
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 from rich.console import Console
 from rich.errors import LiveError
 from rich.live import Live
 from rich.text import Text
-
-T = TypeVar("T")
 
 PLAIN_EVERY_S = 10.0  # between two lines where there is no terminal; a loop that is shorter prints nothing
 _BAR_WIDTH = 24
@@ -103,23 +101,6 @@ class Bar:
         else:
             self._has_printed = True
             self._console.print(Text(self.line()), soft_wrap=True)
-
-
-def track(
-    iterable: Iterable[T],
-    *,
-    total: int,
-    description: str,
-    unit: str = "steps",
-    every_s: float = 0.5,
-    console: Console | None = None,
-    clock: Callable[[], float] = time.monotonic,
-) -> Iterator[T]:
-    """Yield the elements of iterable and show how many of total are done."""
-    with Bar(total=total, description=description, unit=unit, every_s=every_s, console=console, clock=clock) as bar:
-        for element in iterable:
-            yield element
-            bar.advance()
 
 
 def _start_live(console: Console) -> Live | None:

@@ -88,28 +88,6 @@ class StepTimer:
         return event
 
 
-class _NoTimer(StepTimer):
-    """Measures nothing, at the price of an empty call."""
-
-    def __init__(self) -> None:
-        pass
-
-    def start(self) -> None:
-        pass
-
-    def mark(self, name: str) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
-
-    def summary(self) -> TimeSplit:
-        return TimeSplit(0, dict.fromkeys(SECTIONS, 0.0))
-
-
-NO_TIMER: StepTimer = _NoTimer()
-
-
 class Rates(NamedTuple):
     """How fast training went, in wall-clock time that includes neither evaluation nor saving."""
 

@@ -52,7 +52,9 @@ class ModelConfig:
 class TrainConfig:
     epochs: int = knob(10, "Passes over the training pieces.", minimum=0)
     batch_size: int = knob(128, "Sequences per optimizer step.", minimum=1)
-    accumulate: int = knob(1, "Micro-batches a step is split into; the result is the same, memory is less.", minimum=1)
+    accumulate: int = knob(
+        1, "Micro-batches a step is split into: less memory, the same result but for dropout's draws.", minimum=1
+    )
     loss: str = knob(
         "ce",
         "ce (full catalogue), sampled (softmax over shared negatives), inbatch, bce (one negative), gbce.",
@@ -91,7 +93,7 @@ class TrainConfig:
     ks: tuple[int, ...] = knob((1, 5, 10, 50), "Cut-offs of the ranking metrics.")
     protocol: str = knob(
         "filtered",
-        "Ranking protocol of validation: filtered (history left out), unfiltered, or sampled (100 negatives).",
+        "Ranking protocol of all metrics: filtered (history left out), unfiltered, or sampled (100 negatives).",
         choices=("filtered", "unfiltered", "sampled"),
     )
     eval_every: int = knob(1, "Epochs between validations.", minimum=1)

@@ -9,6 +9,7 @@ pure function of (seed, epoch). Two layouts hold the same sequences and give the
     packed   several sequences per row, best fit; a token attends to earlier tokens of its own segment only
 """
 
+import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,6 +53,11 @@ class Sequences:
     def num_events(self) -> int:
         return self.item.numel()
 
+    @property
+    def item_digest(self) -> str:
+        """Which items there are and how they are numbered, 32 hex digits: weights fit no other numbering."""
+        return hashlib.blake2b("\n".join(self.item_ids).encode(), digest_size=16).hexdigest()
+
 
 class Spans(NamedTuple):
     """Pieces of users' histories: the inputs of piece b are the events start[b]:end[b] of user[b]."""
@@ -77,7 +83,7 @@ class Batch(NamedTuple):
     last: Tensor  # [B] int64, index into the flattened rows of each sequence's last token
     user: Tensor  # [B] int64
     unseen: Tensor | None  # [N] int64, an item each target's user has not seen (bce)
-    shared: Tensor | None  # [K] int64, negatives that all positions of the step share (sampled, gbce)
+    shared: Tensor | None  # [K] int64, items that all targets of the step are compared with (sampled, inbatch, gbce)
     packed: bool  # whether rows may hold several sequences
 
 

@@ -9,6 +9,7 @@ so `protocol_text` goes with every number.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from apps.seqrec.config import Config
 from apps.seqrec.dataset import (
+    MIN_EVENTS,
     Sequences,
     Spans,
     Stage,
@@ -46,6 +48,28 @@ def protocol_text(sequences: Sequences, stage: Stage, protocol: str) -> str:
         "sampled": f"ranked among {SAMPLED_NEGATIVES} sampled unseen items: not comparable with a full ranking",
     }[protocol]
     return f"leave-one-out, {stage} ({target} event), all {users:,} users, {competitors}, ties against the model"
+
+
+def evaluated_spans(sequences: Sequences, stage: Stage, *, max_len: int) -> Spans:
+    """The queries of `stage`; data in which nobody can be evaluated is refused."""
+    spans = query_spans(sequences, stage, max_len=max_len)
+    if not spans.user.numel():
+        raise ValueError(
+            f"{sequences.name}: no user has the {MIN_EVENTS} events it takes to be evaluated (one each to train, "
+            "validate and test on), so there is nothing to measure; add data"
+        )
+    return spans
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """`model` without dropout inside the block, and in the mode it was in behind it."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def histories(sequences: Sequences, spans: Spans) -> Lists:
@@ -100,35 +124,33 @@ def evaluate(
     training = config.training
     protocol = protocol or training.protocol
     device = model.item.weight.device
-    was_training = model.training
-    model.eval()
     item_ID = model.candidates()
-    spans = query_spans(sequences, stage, max_len=config.data.max_len)
+    spans = evaluated_spans(sequences, stage, max_len=config.data.max_len)
     sampled = sampled_negatives(sequences, stage, spans, seed=training.seed) if protocol == "sampled" else None
     sums: dict[str, Tensor] = {}
     done = 0
-    for chunk in queries(model, sequences, spans, max_len=config.data.max_len, packed=packed, device=device):
-        size = chunk.spans.user.numel()
-        target = sequences.item[chunk.spans.end].long().to(device)
-        relevant = Lists(torch.arange(size + 1, device=device), target)
-        if sampled is not None:
-            negatives = sampled[done : done + size].to(device)
-            rank = sampled_candidates_rank(chunk.state_BD, item_ID, target, negatives)
-        else:
-            exclude = chunk.seen if protocol == "filtered" else None
-            rank = rank_relevant(
-                chunk.state_BD,
-                item_ID,
-                relevant,
-                exclude=exclude,
-                first_item=1,
-                budget_bytes=training.memory_mib << 20,
-            )
-        for name, value in metric_sums(rank, relevant.ptr, ks=training.ks).items():
-            sums[name] = sums[name] + value if name in sums else value
-        done += size
-        on_users(done)
-    model.train(was_training)
+    with evaluation_mode(model):
+        for chunk in queries(model, sequences, spans, max_len=config.data.max_len, packed=packed, device=device):
+            size = chunk.spans.user.numel()
+            target = sequences.item[chunk.spans.end].long().to(device)
+            relevant = Lists(torch.arange(size + 1, device=device), target)
+            if sampled is not None:
+                negatives = sampled[done : done + size].to(device)
+                rank = sampled_candidates_rank(chunk.state_BD, item_ID, target, negatives)
+            else:
+                exclude = chunk.seen if protocol == "filtered" else None
+                rank = rank_relevant(
+                    chunk.state_BD,
+                    item_ID,
+                    relevant,
+                    exclude=exclude,
+                    first_item=1,
+                    budget_bytes=training.memory_mib << 20,
+                )
+            for name, value in metric_sums(rank, relevant.ptr, ks=training.ks).items():
+                sums[name] = sums[name] + value if name in sums else value
+            done += size
+            on_users(done)
     return finish(sums)
 
 
@@ -149,7 +171,7 @@ def baselines(sequences: Sequences, stage: Stage, *, config: Config) -> dict[str
     followed the user's most recent item in training, then by popularity.
     """
     training = config.training
-    spans = query_spans(sequences, stage, max_len=config.data.max_len)
+    spans = evaluated_spans(sequences, stage, max_len=config.data.max_len)
     count_I = item_counts(sequences).double()
     follow = follow_counts(sequences)
     sampled = sampled_negatives(sequences, stage, spans, seed=training.seed) if training.protocol == "sampled" else None
@@ -175,7 +197,9 @@ def baselines(sequences: Sequences, stage: Stage, *, config: Config) -> dict[str
         for name, score_BI in scores.items():
             own = score_BI.gather(1, target[:, None])
             if sampled is not None:
-                rivals = score_BI.gather(1, sampled[begin : begin + rows])
+                negatives = sampled[begin : begin + rows]
+                # the target is no rival of itself where a user has met everything and only met items could be drawn
+                rivals = score_BI.gather(1, negatives).masked_fill_(negatives == target[:, None], -torch.inf)
             else:
                 rivals = score_BI.clone()
                 rivals[:, 0] = -torch.inf
@@ -221,23 +245,24 @@ def predict(
     """Chunks of (user [B], item [B, k] int64, score [B, k] float32): the next items after each user's whole history.
 
     Exact: every item is scored, in chunks of the configured memory. Items of the history are left out unless
-    `keep_seen`; where fewer than k items remain, item is -1 and score -inf.
+    `keep_seen`; where fewer than k items remain, item is -1 and score -inf. The model is in evaluation mode until the
+    last chunk was taken.
     """
     assert isinstance(model, SeqRec)
     device = model.item.weight.device
-    model.eval()
     item_ID = model.candidates()
     spans = query_spans(sequences, "all", max_len=config.data.max_len)
     done = 0
-    for chunk in queries(model, sequences, spans, max_len=config.data.max_len, packed=packed, device=device):
-        score, item = top_k(
-            chunk.state_BD,
-            item_ID,
-            k=k,
-            exclude=None if keep_seen else chunk.seen,
-            first_item=1,
-            budget_bytes=config.training.memory_mib << 20,
-        )
-        yield chunk.spans.user, item.cpu(), score.cpu()
-        done += chunk.spans.user.numel()
-        on_users(done)
+    with evaluation_mode(model):
+        for chunk in queries(model, sequences, spans, max_len=config.data.max_len, packed=packed, device=device):
+            score, item = top_k(
+                chunk.state_BD,
+                item_ID,
+                k=k,
+                exclude=None if keep_seen else chunk.seen,
+                first_item=1,
+                budget_bytes=config.training.memory_mib << 20,
+            )
+            yield chunk.spans.user, item.cpu(), score.cpu()
+            done += chunk.spans.user.numel()
+            on_users(done)

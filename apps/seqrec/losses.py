@@ -78,13 +78,17 @@ def full_cross_entropy(query_ND: Tensor, item_ID: Tensor, target_N: Tensor) -> T
     return cross_entropy(query_ND, item_ID[1:], target_N - 1)
 
 
-def in_batch_cross_entropy(query_ND: Tensor, item_ID: Tensor, target_N: Tensor, *, log_q_I: Tensor | None) -> Tensor:
+def in_batch_cross_entropy(
+    query_ND: Tensor, item_ID: Tensor, target_N: Tensor, candidate_C: Tensor, *, log_q_I: Tensor | None
+) -> Tensor:
     """Mean cross-entropy over the distinct targets of the step, corrected by how often each item is a target.
+
+    `candidate_C` ([C] int64, sorted): those targets, of all micro-batches.
 
     `log_q_I` ([I] float32): logarithm of each item's share of the training targets; subtracting it makes the sampled
     loss consistent with the full one (Bengio and Senecal 2008; Yi et al. 2019). None leaves the popularity bias in.
     """
-    candidate_C, target = torch.unique(target_N, return_inverse=True)
+    target = torch.searchsorted(candidate_C, target_N)
     bias = None if log_q_I is None else -log_q_I[candidate_C]
     return cross_entropy(query_ND, F.embedding(candidate_C, item_ID), target, bias_C=bias)
 

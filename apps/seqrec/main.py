@@ -56,20 +56,31 @@ RunArgument = Annotated[
 
 def app(argv: Sequence[str] | None = None) -> None:
     """Run the command line; accepts the original scripts' spellings and exits with 0, 1, 2, 130 or 143."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    only_inference = {"--inference_only", "--inference-only", "--inference_only=True", "--inference-only=True"}
-    if only_inference & set(words):  # the original's spelling of `evaluate`
-        words = [word for word in words if word not in only_inference and word != "train"]
-        words.insert(0, "evaluate")
     cli.run(
         typer_app,
-        words,
+        inference_only_as_verb(sys.argv[1:] if argv is None else argv),
         prog_name=PROG,
         flags_bool=cli.bool_flags(Config),
         aliases={**ALIASES, **VERB_ALIASES},
         default_verb="train",
         verbs=VERBS,
     )
+
+
+def inference_only_as_verb(argv: Sequence[str]) -> list[str]:
+    """The words, with the original's `--inference_only [True|False]` turned into the verb `evaluate`."""
+    words = list(argv)
+    for index, word in enumerate(words):
+        name, _, value = word.partition("=")
+        if name.replace("_", "-") != "--inference-only":
+            continue
+        del words[index]
+        if not value and index < len(words) and words[index].lower() in ("true", "false"):
+            value = words.pop(index)
+        if value.lower() == "false":
+            return words
+        return ["evaluate", *(words[1:] if words[:1] == ["train"] else words)]
+    return words
 
 
 @typer_app.command()
@@ -84,9 +95,12 @@ def train(
     ] = None,
 ) -> None:
     """Train a model; without --data-path on built-in demo data."""
+    import torch
+
     from apps.seqrec import train as training
     from shared.amp import NonFiniteError
     from shared.checkpoint import newest_checkpoint
+    from shared.files import atomic_write_text
     from shared.log import RunLog, StopSignal
     from shared.progress import Bar
     from shared.report import build_report
@@ -99,13 +113,15 @@ def train(
     if resume is not None:
         resolved = configuration_of(resume, resolved)
     sequences, is_demo = load_data(resolved.config, runs_dir)
+    c = training.build(resolved.config, sequences)  # before there is a folder: what cannot be built leaves none
     run_dir = resume or cli.new_run_dir(runs_dir, APP, ("demo-" if is_demo else "") + name, now=datetime.now())
     found = newest_checkpoint(run_dir / "checkpoints", warn=say) if resume is not None else None
+    if found is not None:
+        training.check_resumable(c, *found)  # before the run's files are touched
     resume_step = None if resume is None else (found[1]["step"] if found else 0)
-    if resume is None:
-        (run_dir / "config.yaml").write_text(dump_yaml(resolved), encoding="utf-8", newline="\n")
+    if found is None:  # a new run, or one that was stopped before its first checkpoint
+        atomic_write_text(run_dir / "config.yaml", dump_yaml(resolved))
 
-    c = training.build(resolved.config, sequences)
     settings = resolved.config.training
     with (
         RunLog(run_dir, say=say, tensorboard=settings.tensorboard, resume_step=resume_step) as log,
@@ -114,6 +130,8 @@ def train(
         if is_demo:
             log.info(f"This is {DEMO_NOTE}; use --data-path for your own.")
         log.info(describe_run(c, run_dir))
+        if resume is not None and found is None:
+            log.warn(f"{run_dir} holds no checkpoint yet: starting from step 0")
         total = settings.max_steps or settings.epochs * c.steps_per_epoch
         with Bar(
             total=total,
@@ -132,8 +150,13 @@ def train(
             except NonFiniteError as error:
                 log.warn(str(error))
                 raise typer.Exit(1) from None
+            except torch.OutOfMemoryError as error:
+                log.warn(f"{error}\nout of memory: try --accumulate 2, a smaller --batch-size, or --grad-checkpoint")
+                raise typer.Exit(1) from None
         if outcome.metrics is None:
-            log.info(f"stopped at step {outcome.state.step}; resume with: {PROG} train --resume {run_dir}")
+            log.info(
+                f"stopped at step {outcome.state.step}; resume with: {PROG} train --resume {shlex.quote(str(run_dir))}"
+            )
             raise typer.Exit(stop.exit_code)
         result = training.write_result(
             c, run_dir, outcome, notes=[DEMO_NOTE] if is_demo else [], command=shown_command(), git=git_revision()
@@ -157,9 +180,11 @@ def describe_run(c: "Components", run_dir: Path) -> str:
 def configuration_of(run_dir: Path, given: Resolved[Config]) -> Resolved[Config]:
     """The configuration a run was started with, overridden by the flags given now."""
     path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{run_dir} is not a run folder: it has no config.yaml; give the folder that `train` printed")
-    if any(not source.startswith(("default", "flag ")) for source in given.sources.values()):
+    if not path.is_file() or not path.stat().st_size:
+        raise ConfigError(
+            f"{run_dir} is no run folder: it has no config.yaml, or an empty one; give the folder that `train` printed"
+        )
+    if any(source != "default" and not source.startswith("flag --") for source in given.sources.values()):
         raise ConfigError(f"--config and a run folder exclude each other: {path} holds the run's configuration")
     flags = {
         key.split(".")[1]: getattr(getattr(given.config, key.split(".")[0]), key.split(".")[1])
@@ -252,7 +277,7 @@ def predict(
                 file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
                 lines += 1
     typer.echo(
-        f"{output}: {k} items for each of {lines:,} users, exact over {sequences.num_items:,} items, from {path}"
+        f"{output}: the best {k} or fewer for {lines:,} users, exact over {sequences.num_items:,} items, from {path}"
     )
 
 
@@ -289,9 +314,12 @@ def check(
     faults = check_source(source, format=format, limit=limit)
     for fault in faults:
         typer.echo(str(fault))
-    errors = sum(fault.severity == "error" for fault in faults)
-    typer.echo(f"{source}: {errors} errors, {len(faults) - errors} warnings")
-    if errors:
+    broken = any(fault.severity == "error" for fault in faults)
+    verdict = (
+        "cannot be read as it is" if broken else "can be read, with these warnings" if faults else "no fault found"
+    )
+    typer.echo(f"{source}: {verdict}")
+    if broken:
         raise typer.Exit(2)
 
 
@@ -309,7 +337,13 @@ def export(
     from shared.config import as_dict
 
     config, sequences, model, path, _ = load_model(resolved, run, weights, runs_dir)
-    meta = {"app": APP, "config": as_dict(config), "item_ids": list(sequences.item_ids), "from": str(path)}
+    meta = {
+        "app": APP,
+        "config": as_dict(config),
+        "items": sequences.item_digest,
+        "item_ids": list(sequences.item_ids),
+        "from": str(path),
+    }
     save_weights(output, model.state_dict(), meta)
     typer.echo(f"{output}: {sum(p.numel() for p in model.parameters()):,} weights from {path}")
 
@@ -328,12 +362,33 @@ def load_model(
         raise ConfigError("which model? give a run folder, or --weights FILE with the flags it was trained with")
     path = weights or (run or Path()) / "checkpoints" / "best.safetensors"
     config = resolved.config
-    state, _ = load_weights(path)
+    state, meta = load_weights(path)
     sequences, is_demo = load_data(config, runs_dir)
+    check_origin(meta, config, sequences, path)
     model = SeqRec(config.model, num_items=sequences.num_items, max_len=config.data.max_len)
     check_shapes(model.state_dict(), state, path)
     model.load_state_dict(state)
     return config, sequences, model.to(pick_device(config.training.device)).eval(), path, is_demo
+
+
+def check_origin(meta: Mapping[str, Any], config: Config, sequences: "Sequences", path: Path) -> None:
+    """Refuse weights of another model or of other items; a foreign file does not say, its shapes are all there is."""
+    from shared.checkpoint import check_identity
+    from shared.config import as_dict
+
+    origin = meta.get("identity", meta)
+    if "config" not in origin:
+        return
+
+    def part(app: str, settings: Mapping[str, Any], items: str) -> dict[str, Any]:
+        return {"app": app, "model": settings["model"], "max_len": settings["data"]["max_len"], "items": items}
+
+    check_identity(
+        part(origin["app"], origin["config"], meta["items"]),
+        part(APP, as_dict(config), sequences.item_digest),
+        path=path,
+        ignore={"model.dropout", "model.grad_checkpoint"},
+    )
 
 
 def check_shapes(expected: Mapping[str, Any], found: Mapping[str, Any], path: Path) -> None:

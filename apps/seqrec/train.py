@@ -59,7 +59,7 @@ NEGATIVE_STREAM = 3
 UNSEEN_STREAM = 4
 DROPOUT_STREAM = 5
 
-# may differ between a checkpoint and the run that resumes it: they change no weight
+# may differ between a checkpoint and the run that resumes it: they change no weight (the device only its last bits)
 VOLATILE = frozenset(
     {"data.data_path", "data.format"}
     | {f"training.{name}" for name in ("log_every", "norm_every", "save_every", "keep", "max_steps", "memory_mib")}
@@ -111,6 +111,12 @@ class Outcome:
 def build(config: Config, sequences: Sequences) -> Components:
     """Model, optimizers and everything else that follows from the configuration and the data."""
     training = config.training
+    measured = [f"{name}@{k}" for name in ("NDCG", "HR", "MRR") for k in training.ks]
+    if not training.ks or min(training.ks) < 1 or training.select not in measured:
+        raise ValueError(
+            f'select is "{training.select}" and ks are {list(training.ks)}; --select must be one of '
+            f"{', '.join(measured) or 'the metrics at some k'}, or change --ks"
+        )
     device = pick_device(training.device)
     precision, reason = resolve_precision(training.precision, device)
     spans = training_spans(sequences, max_len=config.data.max_len, window=config.data.window)
@@ -181,12 +187,12 @@ def loss_fn(
     item_ID, target_N = model.candidates(), batch.target
     if training.loss == "ce":
         return losses.full_cross_entropy(query_ND, item_ID, target_N), {}
-    if training.loss == "inbatch":
-        return losses.in_batch_cross_entropy(query_ND, item_ID, target_N, log_q_I=log_q_I), {}
     if training.loss == "bce":
         assert batch.unseen is not None
         return losses.binary_cross_entropy(query_ND, item_ID, target_N, batch.unseen), {}
     assert batch.shared is not None
+    if training.loss == "inbatch":
+        return losses.in_batch_cross_entropy(query_ND, item_ID, target_N, batch.shared, log_q_I=log_q_I), {}
     if training.loss == "gbce":
         num_items = item_ID.shape[0] - 1
         return losses.generalised_bce(
@@ -215,6 +221,9 @@ def step_batches(c: Components, spans: Spans, *, epoch: int, index: int) -> list
         make_batch(c.sequences, Spans(*part), packed=c.packed, row_len=c.config.data.max_len)._replace(shared=shared)
         for part in zip(*(torch.split(column, size) for column in spans), strict=True)
     ]
+    if training.loss == "inbatch":
+        distinct = torch.unique(torch.cat([b.target for b in batches]))
+        batches = [b._replace(shared=distinct) for b in batches]
     if c.seen is not None:
         generator = make_generator(training.seed, epoch=epoch, step=index, stream=UNSEEN_STREAM)
         user = torch.cat([b.user[b.segment.flatten()[b.place] - 1] for b in batches])
@@ -231,6 +240,7 @@ def train_epoch(
     log: RunLog,
     timer: StepTimer,
     rates: RateMeter,
+    check: Callable[[TrainState], None],
     save: Callable[[TrainState, Meter], None],
     stopping: Callable[[TrainState], bool],
     on_step: Callable[[str | None], None],
@@ -278,6 +288,7 @@ def train_epoch(
             values |= {f"time_{name}": share for name, share in split.shares().items()}
             note = f"loss {values['loss']:.4f} ({split.line()})"
             log.metrics("train", state.step, state.epoch, values)
+            check(state)
             meter = Meter(torch.zeros_like(meter.loss), 0)
         if due(state.step, training.norm_every) and output.grad_norm is not None:
             log.metrics("norm", state.step, state.epoch, {"grad_norm": float(output.grad_norm)})  # sync
@@ -285,6 +296,7 @@ def train_epoch(
         on_step(note)
 
         if due(state.step, training.save_every) and index + 1 < c.steps_per_epoch:  # fit saves at the end of an epoch
+            check(state)  # also waits for the device, so that the pause holds none of its work
             rates.pause()
             save(state, meter)
             rates.resume()
@@ -319,13 +331,18 @@ def checkpoint_tree(c: Components, state: TrainState, meter: Meter, progress: Pr
         "identity": identity(c),
         "meter": meter._asdict(),
         "progress": progress._asdict(),
-        "num_items": c.sequences.num_items,
+        "items": c.sequences.item_digest,
     }
 
 
-def restore(c: Components, tree: Mapping[str, Any], path: Path) -> tuple[TrainState, Meter, Progress]:
-    """State, meter and progress as they were; refuses a checkpoint of another app, configuration or data."""
+def check_resumable(c: Components, path: Path, tree: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another app, configuration or data, naming the differing keys."""
     check_identity(tree["identity"], identity(c), path=path, ignore={f"config.{name}" for name in VOLATILE})
+
+
+def restore(c: Components, path: Path, tree: Mapping[str, Any]) -> tuple[TrainState, Meter, Progress]:
+    """State, meter and progress as they were when the checkpoint was written."""
+    check_resumable(c, path, tree)
     meter = Meter(tree["meter"]["loss"].to(c.device), tree["meter"]["steps"])
     return load_state_tree(c.state, tree), meter, Progress(**tree["progress"])
 
@@ -353,14 +370,17 @@ def fit(
     last_saved: Path | None = None
     if resume_from is not None:
         last_saved, tree = resume_from
-        state, meter, progress = restore(c, tree, last_saved)
+        state, meter, progress = restore(c, last_saved, tree)
         log.info(f"resuming from {last_saved} at step {state.step}, epoch {state.epoch}")
     if training.compile:
         compile_or_say_why(c, log)
 
+    def check(state: TrainState) -> None:
+        raise_if_nonfinite(state, checkpoint=last_saved)
+
     def save(state: TrainState, meter: Meter) -> None:
         nonlocal last_saved
-        raise_if_nonfinite(state, checkpoint=last_saved)
+        check(state)
         tree = checkpoint_tree(c, state, meter, progress)
         last_saved = save_step(folder, tree, step=state.step, keep=training.keep)
 
@@ -375,14 +395,23 @@ def fit(
     while not ended(state):
         epoch = state.epoch
         state, meter = train_epoch(
-            c, state, meter, log=log, timer=timer, rates=rates, save=save, stopping=stopping, on_step=on_step
+            c,
+            state,
+            meter,
+            log=log,
+            timer=timer,
+            rates=rates,
+            check=check,
+            save=save,
+            stopping=stopping,
+            on_step=on_step,
         )
-        raise_if_nonfinite(state, checkpoint=last_saved)
+        check(state)
         rates.pause()
         whole = state.step == (epoch + 1) * c.steps_per_epoch
-        last = ended(replace(state, epoch=epoch + whole))
+        scheduled = whole and (due(epoch + 1, training.eval_every) or epoch + 1 == training.epochs)
         metrics = None
-        if stop.requested is None and (last or due(epoch + 1, training.eval_every)):
+        if stop.requested is None and scheduled:
             metrics = evaluate_unless_stopped(c, state, stop, on_users)
         if stop.requested is not None:  # resuming starts where this step ended, validation included
             save(state, meter)
@@ -390,7 +419,7 @@ def fit(
         if whole:
             state = replace(state, epoch=epoch + 1)
         if metrics is not None:
-            value = selected(metrics, training.select)
+            value = metrics[training.select]
             log.metrics("valid", state.step, epoch, {training.select: value, **shown(metrics)})
             better = value > progress.best
             progress = Progress(value, epoch, 0) if better else progress._replace(stale=progress.stale + 1)
@@ -445,13 +474,6 @@ def evaluate_unless_stopped(
         return None
 
 
-def selected(metrics: Mapping[str, float], name: str) -> float:
-    """The metric that picks the best checkpoint."""
-    if name not in metrics:
-        raise ValueError(f'select is "{name}", which is not measured; choose one of {", ".join(metrics)}')
-    return metrics[name]
-
-
 def shown(metrics: Mapping[str, float]) -> dict[str, float]:
     """The metrics worth a curve or a column: with one target a user, recall is HR and precision is HR / k."""
     return {name: value for name, value in metrics.items() if name.startswith(("HR@", "NDCG@", "MRR@"))}
@@ -464,11 +486,11 @@ def compile_or_say_why(c: Components, log: RunLog) -> None:
     spans = training_spans(c.sequences, max_len=c.config.data.max_len).take(torch.zeros(1, dtype=torch.int64))
     batch = to_device(make_batch(c.sequences, spans, packed=c.packed, row_len=c.config.data.max_len), c.device)
     try:
-        with torch.no_grad():
-            model(batch.item, batch.segment, batch.position, batch.time, packed=batch.packed)
+        model(batch.item, batch.segment, batch.position, batch.time, packed=batch.packed).sum().backward()
     except RuntimeError as error:
         model._compiled_call_impl = None
         log.warn(f"--compile has no effect here, training goes on without it: {str(error).splitlines()[0]}")
+    model.zero_grad(set_to_none=True)
 
 
 def result_table(

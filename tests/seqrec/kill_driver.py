@@ -22,15 +22,14 @@ import torch
 import apps.seqrec.evaluate
 import apps.seqrec.main
 import apps.seqrec.train
-import shared.files
 from shared.checkpoint import load_checkpoint
 
 FLAGS = "--epochs 3 --batch-size 16 --max-len 12 --embed-dim 16 --save-every 3 --log-every 2 --norm-every 2 --lr 0.01"
-PLACES = {  # where a child kills itself: (module, function)
+PLACES: dict[str, tuple[Any, str]] = {  # where a child kills itself: (module, function)
     "step": (apps.seqrec.train, "amp_step"),
     "evaluation": (apps.seqrec.evaluate, "rank_relevant"),
-    "before fsync": (shared.files.os, "fsync"),
-    "before replace": (shared.files.os, "replace"),
+    "before fsync": (os, "fsync"),
+    "before replace": (os, "replace"),
     "after a save": (apps.seqrec.train, "save_step"),
 }
 
@@ -132,7 +131,7 @@ def main(folder: Path, rounds: int, seed: int) -> None:
     report = []
     for index in range(rounds):
         runs = folder / f"round-{index}"
-        moments = []
+        moments: list[str] = []
         words = [*start, str(runs)]
         while True:
             planted, delay_s = None, None

@@ -1,12 +1,14 @@
 """Splits, windows, packing and batches, against slow loops over Python lists."""
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
 
 from apps.seqrec.dataset import (
     Sequences,
+    Stage,
     best_fit_rows,
     draw_unseen,
     epoch_order,
@@ -40,7 +42,7 @@ LENGTHS = [1, 2, 3, 4, 9, 17, 3, 40, 25, 6]
 def histories(sequences: Sequences) -> list[list[int]]:
     ptr = sequences.ptr.tolist()
     items = sequences.item.tolist()
-    return [items[a:b] for a, b in zip(ptr, ptr[1:], strict=False)]
+    return [items[a:b] for a, b in pairwise(ptr)]
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -76,7 +78,8 @@ def test_a_training_batch_holds_each_users_last_inputs_and_the_items_that_follow
 
 def test_validation_and_test_queries_end_before_their_targets():
     sequences = make_sequences(LENGTHS)
-    for stage, held_out in (("valid", 2), ("test", 1)):
+    cases: tuple[tuple[Stage, int], ...] = (("valid", 2), ("test", 1))
+    for stage, held_out in cases:
         spans = query_spans(sequences, stage, max_len=5)
         users = [u for u, n in enumerate(LENGTHS) if n >= 3]
         assert spans.user.tolist() == users
@@ -186,5 +189,5 @@ def test_a_user_who_has_seen_everything_gets_an_item_in_range():
 
 
 def test_an_unknown_window_is_named():
-    with pytest.raises(ValueError, match='"first".*last, random or all'):
+    with pytest.raises(ValueError, match=r'"first".*last, random or all'):
         training_spans(make_sequences([5]), max_len=3, window="first")

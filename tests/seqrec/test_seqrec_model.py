@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from apps.seqrec.config import ModelConfig
 from apps.seqrec.dataset import Batch, Sequences, make_batch, training_spans
-from apps.seqrec.model import Dropout, SeqRec, rotate
+from apps.seqrec.model import Dropout, HSTUBlock, SeqRec, TransformerBlock, rotate
+from shared.device import to_device
 
 LENGTHS = [3, 4, 9, 17, 3, 14, 25, 6]
 
@@ -31,7 +33,7 @@ def make_sequences(lengths: list[int], num_items: int = 40) -> Sequences:
     )
 
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "pre-norm": {},
     "post-norm": {"norm_first": False},
     "rope": {"position": "rope"},
@@ -44,9 +46,9 @@ VARIANTS = {
 }
 
 
-def make_model(**options: object) -> SeqRec:
+def make_model(**options: Any) -> SeqRec:
     torch.manual_seed(0)
-    config = replace(ModelConfig(embed_dim=16, num_heads=2, dropout=0.0), **options)  # type: ignore[arg-type]
+    config = replace(ModelConfig(embed_dim=16, num_heads=2, dropout=0.0), **options)
     model = SeqRec(config, num_items=40, max_len=20)
     with torch.no_grad():  # zero biases would hide mistakes in them
         for parameter in model.parameters():
@@ -96,6 +98,7 @@ def test_softmax_attention_equals_explicit_weights_in_float64():
     model = make_model(num_blocks=1).double()
     packed, _ = batches()
     block = model.blocks[0]
+    assert isinstance(block, TransformerBlock)
     x = torch.randn(*packed.item.shape, 16, dtype=torch.float64)
     context = model.context(packed.segment, None, packed=True)
     found = block.attention(x, context)
@@ -118,6 +121,7 @@ def test_hstu_attention_equals_a_slow_double_loop_in_float64():
     model = make_model(num_blocks=1, attention="hstu").double()
     packed, _ = batches()
     block = model.blocks[0]
+    assert isinstance(block, HSTUBlock)
     with torch.no_grad():
         block.distance_bias.normal_()
         block.time_bias.normal_()
@@ -214,5 +218,5 @@ def test_cuda_equals_the_cpu(name):
     packed, _ = batches()
     model = make_model(**VARIANTS[name])
     expected = run(model, packed)[packed.place]
-    moved = Batch(*(part.cuda() if isinstance(part, Tensor) else part for part in packed))
+    moved = to_device(packed, torch.device("cuda"))
     torch.testing.assert_close(run(model.cuda(), moved)[moved.place].cpu(), expected, rtol=1e-3, atol=1e-3)

@@ -125,7 +125,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_step_and_checkpoint
     raise_if_nonfinite(state, checkpoint=None)
     state, _ = amp_step(state, [data()], broken, amp=AmpConfig(clip_norm=clip_norm))
     state, _ = amp_step(state, [data()], squared, amp=AmpConfig(clip_norm=clip_norm))
-    with pytest.raises(NonFiniteError, match=r"in step 2; the last good checkpoint is .*step-1"):
+    with pytest.raises(NonFiniteError, match=r"since step 2; the last good checkpoint is .*step-1"):
         raise_if_nonfinite(state, checkpoint=Path("step-1"))
 
 
@@ -142,8 +142,29 @@ def test_an_infinite_gradient_with_a_finite_loss_is_found_through_the_norm():
     state = make_state(model, [torch.optim.SGD(model.parameters(), lr=0.1)], precision="fp32", device=CPU)
     state, output = amp_step(state, [torch.ones(2)], lambda m, x: (m(x).sum(), {}), amp=AmpConfig(clip_norm=1.0))
     assert torch.isfinite(output.loss)
-    with pytest.raises(NonFiniteError, match="in step 1; no checkpoint"):
+    with pytest.raises(NonFiniteError, match="since step 1; no checkpoint"):
         raise_if_nonfinite(state, checkpoint=None)
+
+
+def test_a_gradient_that_broke_the_weights_is_found_without_clipping():
+    state = make()
+    with torch.no_grad():
+        next(state.model.parameters())[0, 0] = float("inf")
+    with pytest.raises(NonFiniteError, match="at step 0; no checkpoint"):
+        raise_if_nonfinite(state, checkpoint=None)
+
+
+def test_fp16_that_overflows_in_every_step_stops():
+    def overflowing(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, extra = squared(model, batch)
+        weight = next(model.parameters())[0, 0]
+        return loss + (weight - weight.detach()).sqrt(), extra  # the slope of a square root at 0 is infinite
+
+    state = make(precision="fp16")
+    with pytest.raises(NonFiniteError, match="every gradient overflows in fp16 at step"):  # noqa: PT012
+        for _ in range(40):
+            state, _ = amp_step(state, [data()], overflowing, amp=AmpConfig(clip_norm=1.0))
+            raise_if_nonfinite(state, checkpoint=None)
 
 
 def test_the_average_follows_its_formula():
