@@ -115,11 +115,13 @@ def train(
     sequences, is_demo = load_data(resolved.config, runs_dir)
     c = training.build(resolved.config, sequences)  # before there is a folder: what cannot be built leaves none
     run_dir = resume or cli.new_run_dir(runs_dir, APP, ("demo-" if is_demo else "") + name, now=datetime.now())
-    found = newest_checkpoint(run_dir / "checkpoints", warn=say) if resume is not None else None
-    if found is not None:
-        training.check_resumable(c, *found)  # before the run's files are touched
-    resume_step = None if resume is None else (found[1]["step"] if found else 0)
-    if found is None:  # a new run, or one that was stopped before its first checkpoint
+    start, resume_step = None, None
+    if resume is not None:
+        found = newest_checkpoint(run_dir / "checkpoints", warn=say)
+        start = training.restore(c, *found) if found is not None else None
+        resume_step = start.state.step if start is not None else 0
+        del found  # as large as the model and its optimizers
+    if start is None:  # a new run, or one that was stopped before its first checkpoint
         atomic_write_text(run_dir / "config.yaml", dump_yaml(resolved))
 
     settings = resolved.config.training
@@ -130,7 +132,7 @@ def train(
         if is_demo:
             log.info(f"This is {DEMO_NOTE}; use --data-path for your own.")
         log.info(describe_run(c, run_dir))
-        if resume is not None and found is None:
+        if resume is not None and start is None:
             log.warn(f"{run_dir} holds no checkpoint yet: starting from step 0")
         total = settings.max_steps or settings.epochs * c.steps_per_epoch
         with Bar(
@@ -146,7 +148,7 @@ def train(
                     bar.note(note)
 
             try:
-                outcome = training.fit(c, run_dir, log=log, stop=stop, resume_from=found, on_step=on_step)
+                outcome = training.fit(c, run_dir, log=log, stop=stop, start=start, on_step=on_step)
             except NonFiniteError as error:
                 log.warn(str(error))
                 raise typer.Exit(1) from None

@@ -335,16 +335,23 @@ def checkpoint_tree(c: Components, state: TrainState, meter: Meter, progress: Pr
     }
 
 
-def check_resumable(c: Components, path: Path, tree: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of another app, configuration or data, naming the differing keys."""
+class Start(NamedTuple):
+    """Where training goes on."""
+
+    state: TrainState
+    meter: Meter
+    progress: Progress
+    checkpoint: Path
+
+
+def restore(c: Components, path: Path, tree: Mapping[str, Any]) -> Start:
+    """Everything as it was when the checkpoint was written, in place on the components' model and optimizers.
+
+    Refuses a checkpoint of another app, configuration or data, naming the keys that differ.
+    """
     check_identity(tree["identity"], identity(c), path=path, ignore={f"config.{name}" for name in VOLATILE})
-
-
-def restore(c: Components, path: Path, tree: Mapping[str, Any]) -> tuple[TrainState, Meter, Progress]:
-    """State, meter and progress as they were when the checkpoint was written."""
-    check_resumable(c, path, tree)
     meter = Meter(tree["meter"]["loss"].to(c.device), tree["meter"]["steps"])
-    return load_state_tree(c.state, tree), meter, Progress(**tree["progress"])
+    return Start(load_state_tree(c.state, tree), meter, Progress(**tree["progress"]), path)
 
 
 def fit(
@@ -353,13 +360,13 @@ def fit(
     *,
     log: RunLog,
     stop: StopSignal,
-    resume_from: tuple[Path, Mapping[str, Any]] | None = None,
+    start: Start | None = None,
     on_step: Callable[[str | None], None] = lambda note: None,
     on_users: Callable[[int], None] = lambda done: None,
 ) -> Outcome:
     """Train until the epochs or max_steps are done, validation stops improving, or a signal asks to stop.
 
-    Checkpoints go to `run_dir`/checkpoints; `resume_from` is a checkpoint's path and tree to go on from. The best
+    Checkpoints go to `run_dir`/checkpoints; `start` is where a resumed run goes on. The best
     checkpoint is chosen by the validation metric alone; test data is touched once, at the end, with that checkpoint.
     A signal ends the step at hand, saves, and returns an Outcome without metrics.
     """
@@ -368,9 +375,8 @@ def fit(
     state, meter = c.state, Meter(torch.zeros((), dtype=torch.float64, device=c.device), 0)
     progress = Progress(best=-1.0, best_epoch=-1, stale=0)
     last_saved: Path | None = None
-    if resume_from is not None:
-        last_saved, tree = resume_from
-        state, meter, progress = restore(c, last_saved, tree)
+    if start is not None:
+        state, meter, progress, last_saved = start
         log.info(f"resuming from {last_saved} at step {state.step}, epoch {state.epoch}")
     if training.compile:
         compile_or_say_why(c, log)

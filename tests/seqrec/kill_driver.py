@@ -27,6 +27,7 @@ from shared.checkpoint import load_checkpoint
 FLAGS = "--epochs 3 --batch-size 16 --max-len 12 --embed-dim 16 --save-every 3 --log-every 2 --norm-every 2 --lr 0.01"
 PLACES: dict[str, tuple[Any, str]] = {  # where a child kills itself: (module, function)
     "step": (apps.seqrec.train, "amp_step"),
+    "SIGTERM in a step": (apps.seqrec.train, "amp_step"),  # which saves, and so moves the places of later kills
     "evaluation": (apps.seqrec.evaluate, "rank_relevant"),
     "before fsync": (os, "fsync"),
     "before replace": (os, "replace"),
@@ -48,16 +49,17 @@ def plant(place: str, call: int, *, after: bool) -> None:
     """Make this process kill itself at the given call of a function, before or after the call."""
     module, name = PLACES[place]
     original = getattr(module, name)
+    number = signal.SIGTERM if place.startswith("SIGTERM") else signal.SIGKILL
     calls = 0
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == call and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         result = original(*args, **kwargs)
-        if calls == call:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if calls == call and after:
+            os.kill(os.getpid(), number)
         return result
 
     setattr(module, name, counted)
@@ -85,12 +87,12 @@ def attempt(words: list[str], planted: tuple[str, int, bool] | None, delay_s: fl
 
 
 def outcome(run_dir: Path) -> dict[str, Any]:
-    """All that must not depend on kills: weights, metrics, lines of metrics.jsonl, names of the checkpoints."""
-    checkpoints = sorted((run_dir / "checkpoints").iterdir())
+    """All that must not depend on kills: best and last checkpoint, metrics, lines of metrics.jsonl."""
+    best, *steps = sorted((run_dir / "checkpoints").iterdir())
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
     return {
-        "weights": {path.name: load_checkpoint(path) for path in checkpoints},
+        "weights": {path.name: load_checkpoint(path) for path in (best, steps[-1])},
         "metrics": result["metrics"],
         "table": result["table"],
         "lines": [
@@ -140,9 +142,9 @@ def main(folder: Path, rounds: int, seed: int) -> None:
                     delay_s = draw.uniform(0.0, whole_s)
                 else:
                     place = draw.choice(list(PLACES))
-                    planted = (place, draw.randint(1, 12 if place == "step" else 4), draw.random() < 0.5)
+                    planted = (place, draw.randint(1, 12 if place.endswith("step") else 4), draw.random() < 0.5)
             status = attempt(words, planted, delay_s)
-            if os.WIFSIGNALED(status):
+            if os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM:
                 moments.append(planted[0] if planted else f"{delay_s:.2f} s")
             else:
                 assert status == 0, (status, words, moments)

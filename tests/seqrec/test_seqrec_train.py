@@ -12,7 +12,7 @@ import torch
 
 from apps.seqrec.config import Config, DataConfig, ModelConfig, TrainConfig
 from apps.seqrec.dataset import Sequences, training_spans
-from apps.seqrec.train import Components, Outcome, build, fit, learning_rate_factor, loss_fn, step_batches
+from apps.seqrec.train import Components, Outcome, build, fit, learning_rate_factor, loss_fn, restore, step_batches
 from shared.amp import amp_step
 from shared.checkpoint import MismatchError, load_checkpoint, newest_checkpoint
 from shared.log import RunLog, StopSignal, read_metrics
@@ -47,9 +47,10 @@ def configure(*, data: dict[str, Any] | None = None, model: dict[str, Any] | Non
 def run(config: Config, run_dir: Path, sequences: Sequences | None = None, *, resume: bool = False) -> Outcome:
     c = build(config, sequences or cycling_sequences())
     found = newest_checkpoint(run_dir / "checkpoints", warn=print) if resume else None
-    step = found[1]["step"] if found else None
+    start = restore(c, *found) if found else None
+    step = start.state.step if start else None
     with RunLog(run_dir, say=lambda line: None, resume_step=step) as log, StopSignal(say=print) as stop:
-        return fit(c, run_dir, log=log, stop=stop, resume_from=found)
+        return fit(c, run_dir, log=log, stop=stop, start=start)
 
 
 def weights(outcome: Outcome) -> torch.Tensor:
@@ -276,7 +277,9 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     with (
         RunLog(tmp_path, say=lambda line: None) as log,
         StopSignal(say=print) as stop,
-        pytest.raises(NonFiniteError, match=rf"since step {c.steps_per_epoch + 2}; the last good checkpoint is .*step-"),
+        pytest.raises(
+            NonFiniteError, match=rf"since step {c.steps_per_epoch + 2}; the last good checkpoint is .*step-"
+        ),
     ):
         fit(c, tmp_path, log=log, stop=stop, on_step=poison)
     found = newest_checkpoint(tmp_path / "checkpoints", warn=print)
