@@ -191,7 +191,7 @@ def test_the_whole_history_is_filtered_and_not_only_what_the_model_sees():
 
 
 def test_a_target_that_occurs_in_the_history_is_ranked_like_any_other():
-    # the target is the only item that everybody has met, and nobody else's vector comes near it
+    # everybody ends with the item they began with
     config = configure(model={"num_blocks": 0, "position": "none"})
     sequences = make_sequences([[7, 1 + u, 9 + u, 7] for u in range(6)], 45)
     model = make_model(config)
@@ -230,9 +230,9 @@ def test_users_with_fewer_than_three_events_are_never_evaluated():
 @pytest.mark.parametrize("stage", STAGES)
 def test_data_without_anyone_to_evaluate_is_named(stage):
     sequences, config = make_sequences([[1, 2], [2, 3], [4]], 45), configure()
-    with pytest.raises(ValueError, match="test: no user has the 3 events"):
+    with pytest.raises(ValueError, match="test: no user has the 3 events it takes"):
         evaluate(make_model(config), sequences, stage, config=config, packed=True)
-    with pytest.raises(ValueError, match="test: no user has the 3 events"):
+    with pytest.raises(ValueError, match="test: no user has the 3 events it takes"):
         baselines(sequences, stage, config=config)
 
 
@@ -289,6 +289,17 @@ def test_evaluation_and_prediction_leave_the_model_in_its_mode_and_without_gradi
         assert not score.requires_grad
     assert model.training is training
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_evaluation_cut_short_leaves_the_model_in_its_mode():
+    def interrupt(done: int) -> None:
+        raise KeyboardInterrupt
+
+    config = configure()
+    sequences, model = make_sequences(random_histories(), 45), make_model(config).train()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, sequences, "test", config=config, packed=True, on_users=interrupt)
+    assert model.training
 
 
 # Sampled negatives

@@ -357,12 +357,12 @@ def steps(*numbers: int) -> list[str]:
     return [f"step-{number:08d}.safetensors" for number in numbers]
 
 
-def test_the_newest_are_kept_and_protected_ones_too(tmp_path):
+def test_the_newest_steps_are_kept_and_the_best_one_too(tmp_path):
     folder = tmp_path / "checkpoints"
     for number in (5, 10, 15, 20, 25):
-        path = save_step(folder, {"step": number}, step=number, keep=2, protect={10})
+        path = save_step(folder, {"step": number}, step=number, keep=2)
         assert path == folder / f"step-{number:08d}.safetensors"
-    assert names(folder) == steps(10, 20, 25)
+    assert names(folder) == steps(20, 25)
     save_best(folder, {"step": 15})
     save_step(folder, {"step": 30}, step=30, keep=1)
     assert names(folder) == ["best.safetensors", *steps(30)]
@@ -400,6 +400,48 @@ def test_newest_is_the_highest_step_and_none_without_checkpoints(tmp_path):
     assert found == (tmp_path / "step-100000000.safetensors", {"step": 100_000_000})
 
 
+@pytest.mark.parametrize(
+    ("best", "file"),
+    [
+        ({"step": 9}, "best.safetensors"),  # killed between the two saves of step 9
+        ({"step": 8, "from": "best"}, steps(8)[0]),
+        ({"step": 7}, steps(8)[0]),
+        ({}, steps(8)[0]),
+        ({"step": 9.0}, steps(8)[0]),
+        ({"step": True}, steps(8)[0]),
+    ],
+)
+def test_the_best_one_is_taken_where_its_step_is_the_highest(tmp_path, best, file):
+    for number in (4, 8):
+        save_step(tmp_path, {"step": number}, step=number, keep=9)
+    save_best(tmp_path, best)
+    expected = best if file == "best.safetensors" else {"step": 8}
+    assert newest_checkpoint(tmp_path, warn=no_warning) == (tmp_path / file, expected)
+
+
+def test_the_best_one_is_used_before_an_older_step_when_the_newest_is_damaged(tmp_path):
+    for number in (4, 8):
+        save_step(tmp_path, {"step": number}, step=number, keep=9)
+    save_best(tmp_path, {"step": 6})
+    (tmp_path / steps(8)[0]).write_bytes(b"")
+    warned: list[str] = []
+    assert newest_checkpoint(tmp_path, warn=warned.append) == (tmp_path / "best.safetensors", {"step": 6})
+    assert len(warned) == 1
+    assert warned[0].endswith("Going back to best.safetensors")
+
+
+def test_a_damaged_best_one_is_named_even_where_a_step_is_used(tmp_path):
+    save_step(tmp_path, {"step": 7}, step=7, keep=1)
+    data = bytearray(save_best(tmp_path, {"step": 4, "x": torch.ones(9)}).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "best.safetensors").write_bytes(data)
+    warned: list[str] = []
+    assert newest_checkpoint(tmp_path, warn=warned.append) == (tmp_path / steps(7)[0], {"step": 7})
+    assert len(warned) == 1
+    assert "best.safetensors" in warned[0]
+    assert warned[0].endswith("Going on without it")
+
+
 def test_damaged_ones_are_named_and_the_previous_good_one_is_used(tmp_path):
     for number in (1, 2, 3, 4):
         save_step(tmp_path, {"step": number}, step=number, keep=9)
@@ -414,12 +456,13 @@ def test_damaged_ones_are_named_and_the_previous_good_one_is_used(tmp_path):
     assert len(warned) == 2
 
 
-def test_the_best_one_is_the_last_resort(tmp_path):
+@pytest.mark.parametrize("best", [{"step": 4}, {}])
+def test_the_best_one_is_the_last_resort(tmp_path, best):
     save_step(tmp_path, {"step": 7}, step=7, keep=1)
-    save_best(tmp_path, {"step": 4})
+    save_best(tmp_path, best)
     (tmp_path / steps(7)[0]).write_bytes(b"\0" * 100)
     warned: list[str] = []
-    assert newest_checkpoint(tmp_path, warn=warned.append) == (tmp_path / "best.safetensors", {"step": 4})
+    assert newest_checkpoint(tmp_path, warn=warned.append) == (tmp_path / "best.safetensors", best)
     assert len(warned) == 1
     assert warned[0].endswith("Going back to best.safetensors")
 

@@ -69,13 +69,20 @@ def test_a_gpu_that_is_not_there_is_named_with_the_range(fake_cuda):
 
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:x"])
 def test_an_unknown_name_is_refused_with_the_choices(name):
-    with pytest.raises(ValueError, match="is not known; use auto, cpu, cuda, cuda:N or mps"):
+    with pytest.raises(ValueError, match=r"is not known; use auto, cpu, cuda or cuda:N$"):
         pick_device(name)
 
 
 def test_a_device_for_which_there_is_no_support_is_refused():
     with pytest.raises(ValueError, match="'meta' cannot be used here"):
         pick_device("meta")
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_mps_is_refused_because_it_has_no_float64(monkeypatch, is_there):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: is_there)
+    with pytest.raises(ValueError, match=r"'mps' cannot be used: it has no float64, .*; use cpu"):
+        pick_device("mps")
 
 
 def test_moving_reaches_every_tensor_and_keeps_the_rest():
@@ -99,6 +106,33 @@ def test_a_batch_already_there_is_not_copied():
     moved = to_device(batch, torch.device("cpu"))
     assert moved.inner.ids is batch.inner.ids
     assert moved.pair[0] is batch.pair[0]
+
+
+def test_towards_cuda_host_tensors_are_pinned_first_and_the_copy_does_not_block(monkeypatch):
+    calls: list[tuple[object, ...]] = []
+    pinned = torch.zeros(3)
+
+    def pin_memory(tensor):
+        calls.append(("pin", tensor))
+        return pinned
+
+    def to(tensor, device, *, non_blocking):
+        calls.append(("copy", tensor, device.type, non_blocking))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    on_host, elsewhere = torch.arange(3), torch.ones(2, device="meta")
+    to_device((on_host, elsewhere), torch.device("cuda", 0))
+    assert [call[0] for call in calls] == ["pin", "copy", "copy"]
+    assert calls[0][1] is on_host
+    assert calls[1][1] is pinned
+    assert calls[2][1] is elsewhere
+    assert [call[2:] for call in calls[1:]] == [("cuda", True)] * 2
+    calls.clear()
+    to_device((on_host,), torch.device("cpu"))
+    assert [call[0] for call in calls] == ["copy"]
+    assert calls[0][2:] == ("cpu", False)
 
 
 def test_the_machine_is_described_in_words_that_json_takes():

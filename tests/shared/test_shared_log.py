@@ -155,6 +155,36 @@ def test_reopening_without_a_resume_step_drops_only_a_torn_line(tmp_path):
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 4
 
 
+def test_what_a_resumed_run_measures_again_at_its_first_step_is_not_written_twice(tmp_path):
+    with open_log(tmp_path) as log:
+        write_steps(log, range(1, 11))
+    before = metrics_text(tmp_path).splitlines()
+    with open_log(tmp_path, resume_step=8) as log:
+        log.metrics("valid", 8, 2, {"NDCG@10": 0.75})
+        log.metrics("train", 8, 2, {"loss": 0.75})
+        log.metrics("norm", 8, 2, {"grad_norm": 1.0})  # another kind at that step
+        log.metrics("train", 9, 2, {"loss": 0.5})  # was there, but cut
+    lines = metrics_text(tmp_path).splitlines()
+    assert lines[:-2] == before[:-2]
+    assert [(json.loads(line)["kind"], json.loads(line)["step"]) for line in lines[-2:]] == [("norm", 8), ("train", 9)]
+    assert json.loads(lines[-1])["loss"] == 0.5
+
+
+def test_a_record_repeated_by_the_same_run_is_written_each_time(tmp_path):
+    with open_log(tmp_path) as log:
+        for value in (0.1, 0.2):
+            log.metrics("train", 1, 0, {"loss": value})
+    assert [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [0.1, 0.2]
+
+
+def test_foreign_records_do_not_stand_in_the_way_of_a_resume(tmp_path):
+    foreign = '{"kind": ["train"], "step": 1}\n{"step": 1}\n{"kind": "train", "step": null}\n'
+    (tmp_path / "metrics.jsonl").write_text(foreign, encoding="utf-8", newline="\n")
+    with open_log(tmp_path, resume_step=1) as log:
+        log.metrics("train", 1, 0, {"loss": 0.5})
+    assert metrics_text(tmp_path).startswith(foreign + '{"kind": "train", "step": 1')
+
+
 def test_a_whole_last_record_without_its_newline_is_kept(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}', encoding="utf-8", newline="\n")
     with open_log(tmp_path, resume_step=5):
@@ -235,6 +265,17 @@ def test_the_handlers_from_before_are_put_back():
     with StopSignal(print):
         assert signal.getsignal(signal.SIGINT) != before[0]
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_ctrl_break_is_a_request_where_there_is_one(monkeypatch):
+    number = signal.SIGTERM if sys.platform == "win32" else signal.SIGUSR1
+    monkeypatch.setattr(signal, "SIGBREAK", number, raising=False)
+    before = signal.getsignal(number)
+    with StopSignal(print) as stop:
+        assert signal.getsignal(number) != before
+        signal.raise_signal(number)
+        assert stop.requested is number
+    assert signal.getsignal(number) == before
 
 
 def test_outside_the_main_thread_no_handler_is_installed():

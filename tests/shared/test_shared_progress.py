@@ -6,7 +6,7 @@ import threading
 import pytest
 from rich.console import Console
 
-from shared.progress import PLAIN_EVERY_S, Bar, track
+from shared.progress import PLAIN_EVERY_S, Bar
 
 
 class Clock:
@@ -142,22 +142,3 @@ def test_terminal_is_given_back_after_an_exception(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ZeroDivisionError), Bar(total=2, description="train", console=console, clock=Clock()):
         raise ZeroDivisionError
     assert file.getvalue().endswith("\x1b[?25h")  # the cursor is shown again
-
-
-def test_track_yields_every_element_in_order_and_counts_them() -> None:
-    clock = Clock()
-    console, file = plain()
-    seen = []
-    for element in track("abc", total=3, description="read", unit="files", console=console, clock=clock):
-        seen.append(element)
-        clock.now_s += PLAIN_EVERY_S
-    assert seen == ["a", "b", "c"]
-    assert [line.split()[1] for line in file.getvalue().splitlines()] == ["1/3", "2/3", "3/3", "3/3"]
-
-
-def test_track_that_is_left_early_stops_cleanly(monkeypatch: pytest.MonkeyPatch) -> None:
-    console, file = terminal(monkeypatch)
-    elements = track(range(9), total=9, description="read", console=console, clock=Clock())
-    next(elements)
-    elements.close()  # type: ignore[attr-defined]
-    assert file.getvalue().endswith("\x1b[?25h")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from shared.timing import NO_TIMER, SECTIONS, RateMeter, StepTimer, TimeSplit
+from shared.timing import SECTIONS, RateMeter, StepTimer, TimeSplit
 
 CPU = torch.device("cpu")
 
@@ -108,16 +108,9 @@ def test_shares_add_up_to_one_and_the_line_shows_them():
 
 
 def test_nothing_timed_has_shares_of_zero_and_says_so():
-    split = NO_TIMER.summary()
+    split = StepTimer(CPU).summary()
     assert set(split.shares().values()) == {0.0}
     assert split.line() == "no step was timed"
-
-
-def test_the_timer_that_measures_nothing_takes_the_same_calls():
-    NO_TIMER.start()
-    NO_TIMER.mark("forward")
-    NO_TIMER.finish()
-    assert NO_TIMER.summary() == TimeSplit(0, dict.fromkeys(SECTIONS, 0.0))
 
 
 def test_rates_are_per_second_of_unpaused_time():
