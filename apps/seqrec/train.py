@@ -46,7 +46,7 @@ from shared.amp import (
     resolve_precision,
     state_tree,
 )
-from shared.checkpoint import check_identity, load_checkpoint, save_best, save_step
+from shared.checkpoint import CheckpointError, check_identity, load_checkpoint, save_best, save_step
 from shared.device import describe_machine, pick_device, to_device
 from shared.files import atomic_write_text
 from shared.log import RunLog, StopSignal, due, read_metrics
@@ -437,8 +437,12 @@ def fit(
         rates.resume()
 
     model = state.ema or state.model
-    if progress.best_epoch >= 0:
-        best = load_checkpoint(folder / "best.safetensors")
+    try:
+        best = load_checkpoint(folder / "best.safetensors") if progress.best_epoch >= 0 else None
+    except (CheckpointError, FileNotFoundError) as error:
+        log.warn(f"{error}. Testing the last weights instead")
+        best, progress = None, progress._replace(best_epoch=state.epoch - 1)
+    if best is not None:
         model.load_state_dict(best["ema"] if best["ema"] is not None else best["model"])
         log.info(f"testing the checkpoint of epoch {progress.best_epoch + 1}, the best by validation {training.select}")
     try:

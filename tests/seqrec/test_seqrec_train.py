@@ -246,6 +246,15 @@ def test_a_run_cut_by_max_steps_goes_on_like_one_that_was_not(tmp_path):
     assert numbers(tmp_path / "whole") == numbers(tmp_path / "cut")
 
 
+def test_a_damaged_best_checkpoint_is_named_and_the_last_weights_are_tested(tmp_path):
+    whole = run(configure(epochs=2), tmp_path)
+    (tmp_path / "checkpoints" / "best.safetensors").write_bytes(b"no checkpoint")
+    resumed = run(configure(epochs=2), tmp_path, resume=True)
+    assert resumed.metrics is not None
+    assert torch.equal(weights(whole), weights(resumed))
+    assert "best.safetensors" in (tmp_path / "train.log").read_text()
+
+
 def test_a_gradient_that_breaks_the_last_step_is_never_saved(tmp_path):
     from shared.amp import NonFiniteError
 

@@ -224,7 +224,7 @@ def test_a_step_on_cuda_lowers_the_loss(precision):
     batch = tuple(part.to(device) for part in data())
     found = []
     for _ in range(20):
-        state, output = amp_step(state, [batch], squared, amp=AmpConfig(precision=precision, clip_norm=1.0))  # type: ignore[list-item]
+        state, output = amp_step(state, [batch], squared, amp=AmpConfig(precision=precision, clip_norm=1.0))  # type: ignore[arg-type]
         found.append(float(output.loss))
     assert found[-1] < found[0]
     raise_if_nonfinite(state, checkpoint=None)
