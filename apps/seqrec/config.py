@@ -50,7 +50,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    epochs: int = knob(10, "Passes over the training pieces.", minimum=0)
+    epochs: int = knob(10, "Passes over the training pieces.", minimum=1)
     batch_size: int = knob(128, "Sequences per optimizer step.", minimum=1)
     accumulate: int = knob(
         1, "Micro-batches a step is split into: less memory, the same result but for dropout's draws.", minimum=1

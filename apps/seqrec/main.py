@@ -32,6 +32,7 @@ VERBS = ("train", "evaluate", "predict", "prepare", "check", "export")
 # flags of the verbs, beside those of the configuration, that the original scripts spelled differently
 VERB_ALIASES = {"state-dict-path": "weights"}
 DEMO_NOTE = "demo data: generated sequences with a hidden structure, not a real data set"
+DEMO_MARK = " (demo data)"
 
 typer_app = cli.make_app(
     APP, "Train, evaluate and use sequential recommenders: SASRec and HSTU blocks in plain PyTorch."
@@ -240,6 +241,7 @@ def evaluate(
         result["stages"][stage] = part
         print_table(console, part)
     if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(output, json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
@@ -264,8 +266,9 @@ def predict(
     from apps.seqrec.train import use_packed
     from shared.files import atomic_writer
 
-    config, sequences, model, path, _ = load_model(resolved, run, weights, runs_dir)
+    config, sequences, model, path, is_demo = load_model(resolved, run, weights, runs_dir)
     packed = use_packed(config.data.layout, model.item.weight.device)
+    output.parent.mkdir(parents=True, exist_ok=True)
     lines = 0
     with atomic_writer(output) as file:
         for users, items, scores in ranked(model, sequences, k=k, config=config, packed=packed, keep_seen=keep_seen):
@@ -280,6 +283,7 @@ def predict(
                 lines += 1
     typer.echo(
         f"{output}: the best {k} or fewer for {lines:,} users, exact over {sequences.num_items:,} items, from {path}"
+        f"{DEMO_MARK if is_demo else ''}"
     )
 
 
@@ -338,7 +342,7 @@ def export(
     from shared.checkpoint import save_weights
     from shared.config import as_dict
 
-    config, sequences, model, path, _ = load_model(resolved, run, weights, runs_dir)
+    config, sequences, model, path, is_demo = load_model(resolved, run, weights, runs_dir)
     meta = {
         "app": APP,
         "config": as_dict(config),
@@ -346,8 +350,10 @@ def export(
         "item_ids": list(sequences.item_ids),
         "from": str(path),
     }
+    output.parent.mkdir(parents=True, exist_ok=True)
     save_weights(output, model.state_dict(), meta)
-    typer.echo(f"{output}: {sum(p.numel() for p in model.parameters()):,} weights from {path}")
+    num_weights = sum(p.numel() for p in model.parameters())
+    typer.echo(f"{output}: {num_weights:,} weights from {path}{DEMO_MARK if is_demo else ''}")
 
 
 def load_model(
@@ -362,7 +368,7 @@ def load_model(
         resolved = configuration_of(run, resolved)
     if run is None and weights is None:
         raise ConfigError("which model? give a run folder, or --weights FILE with the flags it was trained with")
-    path = weights or (run or Path()) / "checkpoints" / "best.safetensors"
+    path = weights or checkpoint_of(run or Path())
     config = resolved.config
     state, meta = load_weights(path)
     sequences, is_demo = load_data(config, runs_dir)
@@ -371,6 +377,20 @@ def load_model(
     check_shapes(model.state_dict(), state, path)
     model.load_state_dict(state)
     return config, sequences, model.to(pick_device(config.training.device)).eval(), path, is_demo
+
+
+def checkpoint_of(run_dir: Path) -> Path:
+    """The run's best checkpoint, or its newest where it ended before the first validation, as its result did."""
+    from shared.checkpoint import newest_checkpoint
+
+    best = run_dir / "checkpoints" / "best.safetensors"
+    if best.is_file():
+        return best
+    found = newest_checkpoint(best.parent, warn=typer.echo)
+    if found is None:
+        again = f"{PROG} train --resume {shlex.quote(str(run_dir))}"
+        raise ConfigError(f"{run_dir} holds no checkpoint yet; go on with: {again}")
+    return found[0]
 
 
 def check_origin(meta: Mapping[str, Any], config: Config, sequences: "Sequences", path: Path) -> None:

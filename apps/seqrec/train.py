@@ -34,7 +34,7 @@ from apps.seqrec.dataset import (
     seen_items,
     training_spans,
 )
-from apps.seqrec.evaluate import baselines, evaluate, protocol_text
+from apps.seqrec.evaluate import baselines, evaluate, evaluated_spans, protocol_text
 from apps.seqrec.model import SeqRec
 from shared.amp import (
     AmpConfig,
@@ -122,10 +122,11 @@ def build(config: Config, sequences: Sequences) -> Components:
     spans = training_spans(sequences, max_len=config.data.max_len, window=config.data.window)
     if not spans.user.numel():
         raise ValueError(f"{sequences.name} holds nothing to train on: no user has two events before the held-out ones")
+    evaluated_spans(sequences, "test", max_len=config.data.max_len)  # refuses data without anything to evaluate
     seed_everything(training.seed)
     model = SeqRec(config.model, num_items=sequences.num_items, max_len=config.data.max_len).to(device)
     counts = item_counts(sequences)
-    return Components(
+    components = Components(
         config=config,
         sequences=sequences,
         device=device,
@@ -140,6 +141,8 @@ def build(config: Config, sequences: Sequences) -> Components:
         cumulative_I=torch.cumsum(counts, 0).double(),
         seen=seen_items(sequences) if training.loss == "bce" else None,
     )
+    learning_rate_factor(components, 0)  # refuses an impossible schedule before anything is written
+    return components
 
 
 def log_rates(training: TrainConfig, counts: Tensor, device: torch.device) -> Tensor | None:
@@ -285,7 +288,8 @@ def train_epoch(
             timer.mark("sync")
             split = timer.summary()
             values |= rates.read()._asdict()
-            values |= {f"time_{name}": share for name, share in split.shares().items()}
+            if split.steps:  # of the steps before this one
+                values |= {f"time_{name}": share for name, share in split.shares().items()}
             note = f"loss {values['loss']:.4f} ({split.line()})"
             log.metrics("train", state.step, state.epoch, values)
             check(state)
