@@ -182,7 +182,7 @@ def run(
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console that lacks a character prints "?" instead of failing
     # Before torch loads its OpenMP: threads that spin for milliseconds while they wait make a step many times slower
-    # wherever another process wants one of the cores; a shorter spin costs little where none does (docs/performance.md).
+    # wherever another process wants one of the cores; a shorter spin costs little elsewhere (docs/performance.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     words = normalise_argv(
         sys.argv[1:] if argv is None else argv,
