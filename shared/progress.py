@@ -77,6 +77,10 @@ class Bar:
             self._due_s = now_s + self._every_s
             self._show()
 
+    def reach(self, done: int) -> None:
+        """Say how many units are done in all; for loops that count them themselves."""
+        self.advance(done - self.done)
+
     def note(self, text: str) -> None:
         """Set the words behind the bar, shown from the next drawing on; made from numbers the host has already."""
         self._note = _ascii(text)

@@ -223,13 +223,15 @@ def evaluate(
     from apps.seqrec.evaluate import evaluate as measure
     from apps.seqrec.train import result_table, use_packed
     from shared.files import atomic_write_text
+    from shared.progress import Bar
 
     console = Console(highlight=False, soft_wrap=True)
     config, sequences, model, path, is_demo = load_model(resolved, run, weights, runs_dir)
     packed = use_packed(config.data.layout, model.item.weight.device)
     result: dict[str, Any] = {"app": APP, "weights": str(path), "data": sequences.name, "stages": {}}
     for stage in ("valid", "test"):
-        metrics = measure(model, sequences, stage, config=config, packed=packed)
+        with Bar(total=sequences.num_users, description=stage, unit="users") as bar:
+            metrics = measure(model, sequences, stage, config=config, packed=packed, on_users=bar.reach)
         columns, rows = result_table(metrics, baselines(sequences, stage, config=config))
         part = {
             "title": f"{stage}, {path}",
@@ -265,13 +267,15 @@ def predict(
     from apps.seqrec.evaluate import predict as ranked
     from apps.seqrec.train import use_packed
     from shared.files import atomic_writer
+    from shared.progress import Bar
 
     config, sequences, model, path, is_demo = load_model(resolved, run, weights, runs_dir)
     packed = use_packed(config.data.layout, model.item.weight.device)
     output.parent.mkdir(parents=True, exist_ok=True)
     lines = 0
-    with atomic_writer(output) as file:
-        for users, items, scores in ranked(model, sequences, k=k, config=config, packed=packed, keep_seen=keep_seen):
+    with atomic_writer(output) as file, Bar(total=sequences.num_users, description="predict", unit="users") as bar:
+        chunks = ranked(model, sequences, k=k, config=config, packed=packed, keep_seen=keep_seen, on_users=bar.reach)
+        for users, items, scores in chunks:
             for user, row, values in zip(users.tolist(), items.tolist(), scores.tolist(), strict=True):
                 found = [(sequences.item_ids[i - 1], value) for i, value in zip(row, values, strict=True) if i > 0]
                 record = {
@@ -399,7 +403,7 @@ def check_origin(meta: Mapping[str, Any], config: Config, sequences: "Sequences"
     from shared.config import as_dict
 
     origin = meta.get("identity", meta)
-    if "config" not in origin:
+    if not isinstance(origin.get("config"), Mapping) or "items" not in meta:
         return
 
     def part(app: str, settings: Mapping[str, Any], items: str) -> dict[str, Any]:

@@ -142,3 +142,10 @@ def test_terminal_is_given_back_after_an_exception(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ZeroDivisionError), Bar(total=2, description="train", console=console, clock=Clock()):
         raise ZeroDivisionError
     assert file.getvalue().endswith("\x1b[?25h")  # the cursor is shown again
+
+
+def test_a_loop_may_say_how_far_it_is_in_all() -> None:
+    with Bar(total=10, description="rank", unit="users", console=Console(file=io.StringIO())) as bar:
+        bar.reach(4)
+        bar.reach(9)
+    assert bar.done == 9
