@@ -146,7 +146,7 @@ def best_fit_rows(lengths: Sequence[int], row_len: int) -> tuple[list[int], list
     """Row and first column for every sequence, and the number of rows.
 
     Longest first, each into the fullest row that it fits (best fit decreasing). The only Python loop of the data path:
-    once per step over sequences, never over events, about 0.1 ms for 128 of them.
+    once per step over sequences, never over events.
     """
     row = [0] * len(lengths)
     column = [0] * len(lengths)

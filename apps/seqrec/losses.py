@@ -2,7 +2,7 @@
 
 Legend: N positions with a target, D embedding dim, I items (row 0 is padding), K shared negatives, C candidate rows.
 
-None of them gathers many negatives per position: at 128 that costs 30 times a matrix product with negatives that all
+None of them gathers many negatives per position, which costs many times a matrix product with negatives that all
 positions share. Scores are dot products; cosine and temperature are applied to both sides before.
 """
 

@@ -3,8 +3,8 @@
 Legend: R rows, L row length, D embedding dim, H heads, W head width (D / H), I items + 1 (row 0 is padding).
 
 The model sees rows of tokens and the segment each token belongs to; whether a row holds one sequence or several makes
-no difference to a token's output. There is no dropout inside attention: it would cost the fused kernel (3.6 times
-slower at L = 200 on a CPU); it is applied to the outputs instead.
+no difference to a token's output. There is no dropout inside attention: on a CPU it would cost the fused kernel; it is
+applied to the outputs instead.
 
 Sources: SASRec (Kang and McAuley 2018), HSTU (Zhai et al. 2024, eq. 1-3), RoPE (Su et al. 2021), SwiGLU (Shazeer 2020).
 """

@@ -161,7 +161,7 @@ def log_rates(training: TrainConfig, counts: Tensor, device: torch.device) -> Te
 
 
 def use_packed(layout: str, device: torch.device) -> bool:
-    """Packed rows on a CPU (2 to 5 times fewer tokens); padded on CUDA, where causal attention needs no mask."""
+    """Packed rows on a CPU, which waste few tokens; padded on CUDA, where causal attention needs no mask."""
     return layout == "packed" or (layout == "auto" and device.type == "cpu")
 
 
