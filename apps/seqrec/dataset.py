@@ -54,6 +54,11 @@ class Sequences:
         return self.item.numel()
 
     @property
+    def user_of_event(self) -> Tensor:
+        """[E] int64."""
+        return number_within(self.ptr.diff())[0]
+
+    @property
     def item_digest(self) -> str:
         """Which items there are and how they are numbered, 32 hex digits: weights fit no other numbering."""
         return hashlib.blake2b("\n".join(self.item_ids).encode(), digest_size=16).hexdigest()
@@ -87,6 +92,12 @@ class Batch(NamedTuple):
     packed: bool  # whether rows may hold several sequences
 
 
+def number_within(length: Tensor) -> tuple[Tensor, Tensor]:
+    """For lists of the given lengths ([B] int64) laid end to end: each element's list and its place there, from 0."""
+    owner = torch.repeat_interleave(torch.arange(length.numel()), length)
+    return owner, torch.arange(owner.numel()) - (torch.cumsum(length, 0) - length)[owner]
+
+
 def history_end(sequences: Sequences, stage: Stage | Literal["train"]) -> Tensor:
     """One past the last event of each user that may be used as input at `stage`, [U] int64.
 
@@ -113,8 +124,7 @@ def training_spans(sequences: Sequences, *, max_len: int, window: str = "last", 
     first, last_target, inputs = first[users], last_target[users], inputs[users]
     if window == "all":
         pieces = (inputs + max_len - 1) // max_len
-        owner = torch.repeat_interleave(torch.arange(users.numel()), pieces)
-        nth = torch.arange(owner.numel()) - (torch.cumsum(pieces, 0) - pieces)[owner]
+        owner, nth = number_within(pieces)
         end = last_target[owner] - nth * max_len
         return Spans(users[owner], torch.maximum(first[owner], end - max_len), end)
     if window == "random":
@@ -173,9 +183,7 @@ def make_batch(sequences: Sequences, spans: Spans, *, packed: bool, row_len: int
     """
     length = spans.end - spans.start
     size = spans.user.numel()
-    before = torch.cumsum(length, 0) - length
-    sequence = torch.repeat_interleave(torch.arange(size), length)
-    step = torch.arange(sequence.numel()) - before[sequence]
+    sequence, step = number_within(length)
     source = spans.start[sequence] + step
 
     if packed:
@@ -209,8 +217,7 @@ def make_batch(sequences: Sequences, spans: Spans, *, packed: bool, row_len: int
 def item_counts(sequences: Sequences) -> Tensor:
     """How often each item occurs in the training events, [num_items + 1] int64; 0 at padding."""
     ends = history_end(sequences, "train")
-    user = torch.repeat_interleave(torch.arange(sequences.num_users), sequences.ptr[1:] - sequences.ptr[:-1])
-    trains = torch.arange(sequences.num_events) < ends[user]
+    trains = torch.arange(sequences.num_events) < ends[sequences.user_of_event]
     return torch.bincount(sequences.item[trains].long(), minlength=sequences.num_items + 1)
 
 
@@ -225,7 +232,7 @@ class SeenItems(NamedTuple):
 def seen_items(sequences: Sequences, stage: Stage | Literal["train"] = "train") -> SeenItems:
     """The distinct items of each user's history at `stage`."""
     ends = history_end(sequences, stage)
-    user = torch.repeat_interleave(torch.arange(sequences.num_users), sequences.ptr[1:] - sequences.ptr[:-1])
+    user = sequences.user_of_event
     keep = torch.arange(sequences.num_events) < ends[user]
     width = sequences.num_items + 1
     pair = torch.unique(user[keep] * width + sequences.item[keep])

@@ -127,7 +127,7 @@ def write_demo(folder: Path) -> Path:
     """The path of the demo data as SASRec text with times, in `folder`; an equal file is left alone."""
     sequences = demo_sequences()
     assert sequences.time is not None
-    user = torch.repeat_interleave(torch.arange(sequences.num_users), sequences.ptr.diff()) + 1
+    user = sequences.user_of_event + 1
     rows = zip(user.tolist(), sequences.item.tolist(), sequences.time.tolist(), strict=True)
     text = "".join(f"{u} {i} {t}\n" for u, i, t in rows)
     path = folder / NAME

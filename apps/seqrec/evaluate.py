@@ -25,6 +25,7 @@ from apps.seqrec.dataset import (
     history_end,
     item_counts,
     make_batch,
+    number_within,
     query_spans,
     seen_items,
 )
@@ -78,8 +79,7 @@ def histories(sequences: Sequences, spans: Spans) -> Lists:
     length = spans.end - first
     ptr = torch.zeros(length.numel() + 1, dtype=torch.int64)
     torch.cumsum(length, 0, out=ptr[1:])
-    query = torch.repeat_interleave(torch.arange(length.numel()), length)
-    step = torch.arange(query.numel()) - ptr[query]
+    query, step = number_within(length)
     return Lists(ptr, sequences.item[first[query] + step].long())
 
 
@@ -147,11 +147,15 @@ def evaluate(
                     first_item=1,
                     budget_bytes=training.memory_mib << 20,
                 )
-            for name, value in metric_sums(rank, relevant.ptr, ks=training.ks).items():
-                sums[name] = sums[name] + value if name in sums else value
+            sums = added(sums, metric_sums(rank, relevant.ptr, ks=training.ks))
             done += size
             on_users(done)
     return finish(sums)
+
+
+def added(total: dict[str, Tensor], part: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The metric sums of both; an empty total is zero."""
+    return {name: total[name] + value if total else value for name, value in part.items()}
 
 
 def sampled_negatives(sequences: Sequences, stage: Stage, spans: Spans, *, seed: int) -> Tensor:
@@ -182,14 +186,11 @@ def baselines(sequences: Sequences, stage: Stage, *, config: Config) -> dict[str
         seen = histories(sequences, part)
         size = part.user.numel()
         target = sequences.item[part.end].long()
-        owner = torch.repeat_interleave(torch.arange(size), seen.ptr[1:] - seen.ptr[:-1])
-        age = torch.arange(owner.numel()) - seen.ptr[owner]
+        owner, age = number_within(seen.ptr.diff())
         recent_BI = torch.zeros(size, count_I.numel(), dtype=torch.float64)
         recent_BI.view(-1).scatter_reduce_(0, owner * count_I.numel() + seen.item, (age + 1).double(), "amax")
         last = sequences.item[part.end - 1].long()
-        length = follow.ptr[last + 1] - follow.ptr[last]
-        owner_of_follow = torch.repeat_interleave(torch.arange(size), length)
-        step = torch.arange(owner_of_follow.numel()) - (torch.cumsum(length, 0) - length)[owner_of_follow]
+        owner_of_follow, step = number_within(follow.ptr[last + 1] - follow.ptr[last])
         source = follow.ptr[last][owner_of_follow] + step
         successor_BI = (count_I / (count_I.max() + 1)).repeat(size, 1)
         successor_BI[owner_of_follow, follow.item[source]] += follow.times[source]
@@ -207,8 +208,7 @@ def baselines(sequences: Sequences, stage: Stage, *, config: Config) -> dict[str
                     rivals[owner, seen.item] = -torch.inf
                 rivals.scatter_(1, target[:, None], -torch.inf)
             rank = 1 + (rivals >= own).sum(1)
-            for key, value in metric_sums(rank, torch.arange(size + 1), ks=training.ks).items():
-                sums[name][key] = sums[name][key] + value if key in sums[name] else value
+            sums[name] = added(sums[name], metric_sums(rank, torch.arange(size + 1), ks=training.ks))
     return {name: finish(total) for name, total in sums.items()}
 
 
@@ -223,9 +223,8 @@ class FollowCounts(NamedTuple):
 def follow_counts(sequences: Sequences) -> FollowCounts:
     """Counts of direct successors, sorted by item."""
     width = sequences.num_items + 1
-    user = torch.repeat_interleave(torch.arange(sequences.num_users), sequences.ptr[1:] - sequences.ptr[:-1])
     index = torch.arange(sequences.num_events)
-    index = index[index + 1 < history_end(sequences, "train")[user]]
+    index = index[index + 1 < history_end(sequences, "train")[sequences.user_of_event]]
     pair, count = torch.unique(sequences.item[index].long() * width + sequences.item[index + 1], return_counts=True)
     ptr = torch.searchsorted(pair, torch.arange(width + 1) * width)
     return FollowCounts(ptr, pair % width, count.double())

@@ -360,7 +360,7 @@ def _sequences_of(events: _Events, source: str, name: str) -> Sequences:
 
 def _events_of(sequences: Sequences) -> _Events:
     return _Events(
-        user=torch.repeat_interleave(torch.arange(sequences.num_users), sequences.ptr.diff()),
+        user=sequences.user_of_event,
         item=sequences.item.long() - 1,
         time=sequences.time,
         line=None,
