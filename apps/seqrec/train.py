@@ -401,6 +401,8 @@ def fit(
         stale = 0 < training.patience <= progress.stale
         return state.epoch >= training.epochs or stale or 0 < training.max_steps <= state.step
 
+    if start is not None:  # puts right what a kill in a save left behind: a missing step file, old ones, temporaries
+        save(state, meter)
     timer, rates = StepTimer(c.device), RateMeter()
     while not ended(state):
         epoch = state.epoch

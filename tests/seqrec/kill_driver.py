@@ -87,12 +87,13 @@ def attempt(words: list[str], planted: tuple[str, int, bool] | None, delay_s: fl
 
 
 def outcome(run_dir: Path) -> dict[str, Any]:
-    """All that must not depend on kills: best and last checkpoint, metrics, lines of metrics.jsonl."""
-    best, *steps = sorted((run_dir / "checkpoints").iterdir())
+    """All that must not depend on kills: best and last checkpoint, leftovers, metrics, lines of metrics.jsonl."""
+    best, *steps = sorted((run_dir / "checkpoints").glob("*.safetensors"))
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
     return {
         "weights": {path.name: load_checkpoint(path) for path in (best, steps[-1])},
+        "leftovers": sorted(path.name for path in run_dir.rglob("*.tmp")),
         "metrics": result["metrics"],
         "table": result["table"],
         "lines": [

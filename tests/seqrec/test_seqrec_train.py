@@ -196,6 +196,20 @@ def test_early_stopping_and_the_best_checkpoint_follow_validation(tmp_path):
     assert outcome.metrics["valid"]["NDCG@10"] == max(values)
 
 
+def test_resuming_tidies_what_a_kill_in_the_last_save_left(tmp_path):
+    run(configure(epochs=2), tmp_path)
+    folder = tmp_path / "checkpoints"
+    kept = sorted(path.name for path in folder.iterdir())
+    last = folder / kept[-1]
+    best = load_checkpoint(folder / "best.safetensors")
+    assert best["step"] == load_checkpoint(last)["step"]
+    (folder / f".{last.name}.999999999.tmp").write_bytes(last.read_bytes()[:100])
+    (folder / "step-00000001.safetensors").write_bytes(last.read_bytes())
+    last.unlink()  # killed between the best checkpoint and the step's own: the best one is the newest
+    run(configure(epochs=2), tmp_path, resume=True)
+    assert sorted(path.name for path in folder.iterdir()) == kept
+
+
 def test_only_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
     run(configure(epochs=4, keep=2), tmp_path)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
