@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from shared.files import atomic_write_text
+from shared.files import atomic_write_text, remove_stale_temporaries
 
 MetricValue = float | int | str | bool | None
 
@@ -62,6 +62,7 @@ class RunLog:
         self._now = now
         self._limited: dict[str, _Limit] = {}
         run_dir.mkdir(parents=True, exist_ok=True)
+        remove_stale_temporaries(run_dir)  # of a process that was killed while it wrote one of the run's files
         self._tensorboard = _open_tensorboard(run_dir / TENSORBOARD_NAME, resume_step) if tensorboard else None
         metrics_path = run_dir / METRICS_NAME
         self._written_before = _cut_metrics(metrics_path, resume_step) if metrics_path.exists() else frozenset()

@@ -205,9 +205,11 @@ def test_resuming_tidies_what_a_kill_in_the_last_save_left(tmp_path):
     assert best["step"] == load_checkpoint(last)["step"]
     (folder / f".{last.name}.999999999.tmp").write_bytes(last.read_bytes()[:100])
     (folder / "step-00000001.safetensors").write_bytes(last.read_bytes())
+    (tmp_path / ".metrics.jsonl.999999999.tmp").write_text("")
     last.unlink()  # killed between the best checkpoint and the step's own: the best one is the newest
     run(configure(epochs=2), tmp_path, resume=True)
     assert sorted(path.name for path in folder.iterdir()) == kept
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_only_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
