@@ -357,7 +357,8 @@ def _rank_chunk(work: _Workspace, query_bD: Tensor, relevant: Lists, excluded: _
         if len(work.spans) > 1:
             score_bC = _score(work, query_bD, low, high)  # the same numbers again: same values, shapes and buffers
         closed_bC = _closed(work, rows, low, high, excluded, kept=wanted)
-        open_b += (high - low) - closed_bC.sum(1, dtype=torch.int32)
+        closed_as_float = compared[: closed_bC.numel()].view_as(closed_bC).copy_(closed_bC)
+        open_b += (high - low) - closed_as_float.sum(1).long()
         score_bC.masked_fill_(closed_bC, torch.inf)  # never below a relevant item
         for j, first in enumerate(reach):
             entry = start_b[:first] + j

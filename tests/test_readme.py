@@ -17,8 +17,11 @@ import tomllib
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
+
+from apps.clcrec import demo
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("apps/*/README.md"))]
@@ -27,6 +30,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("apps/*
 # epochs stays, so that the learning rate follows the documented schedule.
 QUICK = "--max-steps 4"
 QUICK_TINY = "--max-steps 4 --warmup-steps 0"  # the tiny file has fewer steps than the real one's warm-up
+QUICK_FEW = "--max-steps 4 --num-negatives 8"  # the small folders have too few items for more
 TESTED = {
     "python -m apps.seqrec train --norm-first": QUICK,
     "python -m apps.seqrec train --config fast": QUICK,
@@ -46,6 +50,25 @@ TESTED = {
     "python -m apps.seqrec predict runs/seqrec/RUN --k 20 --output top20.jsonl": "",
     "python -m apps.seqrec export model.safetensors --run runs/seqrec/RUN": "",
     "python -m benchmarks.seqrec_step --data-path ml-1m.txt": "--steps 1 --warm-up 1 --users 8 --max-len 20",
+    "python -m apps.clcrec train": QUICK,
+    (
+        "python -m apps.clcrec train --model_name='CLCRec' --l_r=0.001 --reg_weight=0.1 --num_workers=4 --num_neg=128 "
+        "--batch_size=512 --has_a=True --has_t=True --has_v=True --lr_lambda=0.5 --temp_value=2.0 --num_sample=0.5"
+    ): QUICK,
+    "python -m apps.clcrec train --config default": QUICK,
+    "python -m apps.clcrec train --config turbo": QUICK,
+    "python -m apps.clcrec check Data/movielens": "",
+    "python -m apps.clcrec prepare Data/movielens movielens.safetensors": "",
+    "python -m apps.clcrec prepare ml-1m ml-1m-cold.safetensors --cold-share 0.2 --seed 42": "",
+    "python -m apps.clcrec train --data-path Data/movielens --name first": QUICK_FEW,
+    "python -m apps.clcrec train --config citeulike --data-path Data/citeulike": QUICK_FEW,
+    "python -m apps.clcrec train --config movielens --data-path Data/movielens": QUICK_FEW,
+    "python -m apps.clcrec train --resume runs/clcrec/RUN": "",
+    "python -m apps.clcrec evaluate runs/clcrec/RUN": "",
+    "python -m apps.clcrec predict runs/clcrec/RUN --k 20 --output top20.jsonl": "",
+    "python -m apps.clcrec predict runs/clcrec/RUN --users-for cold --output users.jsonl": "",
+    "python -m apps.clcrec predict runs/clcrec/RUN --new-items arrivals --output new-users.jsonl": "",
+    "python -m apps.clcrec export vectors.safetensors --run runs/clcrec/RUN": "",
 }
 
 # Command that is not run here, and why. Installing and running pytest need no entry.
@@ -66,11 +89,26 @@ def lines_text(num_users: int, num_items: int) -> str:
     return "".join(f"{user} {' '.join(map(str, items))}\n" for user, items in enumerate(rows, start=1))
 
 
+def ratings_text(num_users: int, num_items: int) -> str:
+    """MovieLens' ratings of the same events."""
+    rows = [(user, (user * 7 + i * 3) % num_items + 1) for user in range(1, num_users + 1) for i in range(user % 5 + 4)]
+    return "".join(f"{user}::{item}::{user * item % 5 + 1}::978300760\n" for user, item in rows)
+
+
+def movies_text(num_items: int) -> str:
+    genres = ("Drama", "Comedy", "Drama|Horror")
+    return "".join(f"{item}::Film {item} (1999)::{genres[item % 3]}\n" for item in range(1, num_items + 1))
+
+
 # Data files that the commands name, small.
 INPUTS = {
     "ml-1m.txt": pairs_text(60, 40),
     "Beauty.txt": lines_text(60, 40),
+    "ml-1m/ratings.dat": ratings_text(60, 40),
+    "ml-1m/movies.dat": movies_text(40),
 }
+# And folders in CLCRec's layout.
+FOLDERS = ("Data/movielens", "Data/citeulike", "arrivals")
 
 
 # Reading the pages
@@ -195,6 +233,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     for name, text in INPUTS.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
+    small = demo.demo_data(num_users=40, num_warm=30, num_cold=10)
+    with mock.patch.object(demo, "demo_data", return_value=small):
+        for name in FOLDERS:
+            demo.write_demo(folder / name)
     return dict(zip(TESTED, run_in_one_process(list(TESTED.items()), folder), strict=True))
 
 

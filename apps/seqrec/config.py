@@ -88,7 +88,11 @@ class TrainConfig:
         "auto", "fp32, bf16, fp16, or auto: what this hardware is built for.", choices=("auto", "fp32", "bf16", "fp16")
     )
     device: str = knob("auto", "auto, cpu, cuda or cuda:N.")
-    compile: bool = knob(False, "Compile the model with torch.compile; no gain on CPU.")
+    compile: str = knob(
+        "off",
+        "Mode of torch.compile; no gain on a CPU.",
+        choices=("off", "default", "reduce-overhead", "max-autotune"),
+    )
     select: str = knob("NDCG@10", "Validation metric that picks the best checkpoint and stops early.")
     ks: tuple[int, ...] = knob((1, 5, 10, 50), "Cut-offs of the ranking metrics.")
     protocol: str = knob(

@@ -382,7 +382,7 @@ def fit(
     if start is not None:
         state, meter, progress, last_saved = start
         log.info(f"resuming from {last_saved} at step {state.step}, epoch {state.epoch}")
-    if training.compile:
+    if training.compile != "off":
         compile_or_say_why(c, log)
 
     def check(state: TrainState) -> None:
@@ -498,7 +498,7 @@ def shown(metrics: Mapping[str, float]) -> dict[str, float]:
 def compile_or_say_why(c: Components, log: RunLog) -> None:
     """Compile the model in place after trying it on one sequence; where that fails, say why once and go on eagerly."""
     model = c.state.model
-    model.compile(dynamic=True)
+    model.compile(dynamic=True, mode=c.config.training.compile)
     spans = training_spans(c.sequences, max_len=c.config.data.max_len).take(torch.zeros(1, dtype=torch.int64))
     batch = to_device(make_batch(c.sequences, spans, packed=c.packed, row_len=c.config.data.max_len), c.device)
     try:

@@ -1,0 +1,1 @@
+"""clcrec: contrastive cold-start recommendation from content (CLCRec)."""
