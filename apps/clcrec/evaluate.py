@@ -162,17 +162,20 @@ def baselines(data: ColdStart, stage: Stage, content_IF: Tensor, *, config: Conf
     """What needs no training, under the same protocol: metrics by name of the baseline.
 
     "popularity" ranks items by training pairs and knows nothing of cold ones; "content" ranks them by the cosine of
-    their content (`content_IF`, normalised) with the mean content of the user's training items.
+    their content (`content_IF`, normalised) with the mean content of the user's training items; words are not in it,
+    and where there is nothing else it is left out.
     """
     count_I = torch.bincount(data.item.long(), minlength=data.num_items).float()
     nobody = torch.zeros(data.num_users, 1), torch.zeros(data.num_items, 1)
-    content_IF = F.normalize(content_IF.float(), dim=1)
-    trained = train_lists(data)
-    profile_UF = F.embedding_bag(trained.item.long(), content_IF, trained.ptr, mode="mean", include_last_offset=True)
-    return {
-        "popularity": ranking_metrics(*nobody, data, (stage,), config=config, bias_I=count_I)[stage],
-        "content": ranking_metrics(profile_UF, content_IF, data, (stage,), config=config)[stage],
-    }
+    found = {"popularity": ranking_metrics(*nobody, data, (stage,), config=config, bias_I=count_I)[stage]}
+    if content_IF.shape[1]:
+        content_IF = F.normalize(content_IF.float(), dim=1)
+        trained = train_lists(data)
+        profile_UF = F.embedding_bag(
+            trained.item.long(), content_IF, trained.ptr, mode="mean", include_last_offset=True
+        )
+        found["content"] = ranking_metrics(profile_UF, content_IF, data, (stage,), config=config)[stage]
+    return found
 
 
 @torch.no_grad()

@@ -216,7 +216,7 @@ def encoded_items(training: TrainConfig, size: int, num_warm: int) -> tuple[int,
 def uses_matrix(training: TrainConfig, candidates: int) -> bool:
     """Whether a product with all candidates is cheaper than gathering each pair's own (docs/performance.md)."""
     if training.scores == "auto":
-        return candidates <= 50 * (1 + training.num_negatives)
+        return candidates <= 128 * (1 + training.num_negatives)
     return training.scores == "matrix"
 
 
