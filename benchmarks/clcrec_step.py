@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from apps.clcrec.config import Config, ModelConfig, TrainConfig
-from apps.clcrec.dataset import GROUPS, STAGES, ColdStart, Group, group_part, train_lists
+from apps.clcrec.dataset import GROUPS, STAGES, ColdStart, Group, group_part
 from apps.clcrec.evaluate import evaluate_stages, held_out, matrices
 from apps.clcrec.formats import read_data
 from apps.clcrec.train import DRAWN_ROWS, Components, build, epoch_batches, loss_fn
@@ -435,7 +435,7 @@ def main() -> None:
     for _ in range(50):  # metrics of untrained weights would hardly differ from zero
         next(trained_steps)
     user_UD, item_ID = matrices(c.state.model)
-    trained, splits = sets_of(train_lists(data), data.num_users), plain_splits(data)
+    trained, splits = sets_of(data.trained, data.num_users), plain_splits(data)
     sides: dict[str, Callable[[], dict[str, float]]] = {
         "original": partial(plain_evaluation, torch.cat([user_UD, item_ID]), data.num_users, trained, splits),
         "ours": partial(our_evaluation, c.state.model, data, config),

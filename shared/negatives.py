@@ -514,10 +514,11 @@ def _check_room(sampler: NegativeSampler, size_R: Tensor, num_negatives: int) ->
     left_R = sampler.candidates.numel() - size_R
     num_short = int((left_R < num_negatives).sum())
     if num_short:
+        lower = f"every row has {sampler.max_negatives}: lower num_negatives to that, or "
         raise ValueError(
             f"num_negatives is {num_negatives}, but {num_short} of {len(left_R)} rows (users) have fewer candidates "
-            f"left (the least: {int(left_R.min())} of {sampler.candidates.numel()}); every row has "
-            f"{sampler.max_negatives}: lower num_negatives to that, or leave out the rows with the most exclusions"
+            f"left (the least: {int(left_R.min())} of {sampler.candidates.numel()}); "
+            f"{lower if sampler.max_negatives > 0 else ''}leave out the rows with the most exclusions"
         )
 
 

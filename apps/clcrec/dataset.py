@@ -8,6 +8,7 @@ number is below `num_warm`, and cold otherwise. Cold items are known by their co
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -67,7 +68,12 @@ class ColdStart:
         """Those with content, in the order v, a, t."""
         return tuple(m for m in MODALITIES if m in self.content or (m == "t" and self.words is not None))
 
-    @property
+    @cached_property
+    def trained(self) -> Lists:
+        """Each user's training positives, rising."""
+        return lists_of(self.user, self.item, self.num_users)
+
+    @cached_property
     def item_digest(self) -> str:
         """Which users and items there are and how they are numbered, 32 hex digits: weights fit no other numbering."""
         text = "\n".join((*self.user_ids, f"--{self.num_warm}", *self.item_ids))
@@ -92,11 +98,6 @@ def lists_of(user: Tensor, item: Tensor, num_users: int) -> Lists:
     ptr = torch.zeros(num_users + 1, dtype=torch.int64)
     ptr[1:] = torch.cumsum(torch.bincount(key // width, minlength=num_users), 0)
     return Lists(ptr, (key % width).to(torch.int32))
-
-
-def train_lists(data: ColdStart) -> Lists:
-    """Each user's training positives, rising."""
-    return lists_of(data.user, data.item, data.num_users)
 
 
 def group_part(lists: Lists, group: Group, num_warm: int) -> Lists:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from apps.clcrec.dataset import GROUPS, ColdStart, group_part, lists_of, train_lists
+from apps.clcrec.dataset import GROUPS, ColdStart, group_part, lists_of
 from shared.files import atomic_write_bytes, tensor_crc32
 from shared.ranking import Lists
 from shared.seed import make_generator
@@ -128,7 +128,7 @@ def _files(data: ColdStart) -> dict[str, bytes]:
     first, after_warm, end = data.num_users, data.num_users + data.num_warm, data.num_users + data.num_items
     files = {
         "train.npy": _numbers(torch.stack([data.user.long(), data.item.long() + first], dim=1)),
-        "user_item_train_dict.npy": _objects((), [_sets(train_lists(data), first)]),
+        "user_item_train_dict.npy": _objects((), [_sets(data.trained, first)]),
         "user_item_all_dict.npy": _objects((), [_sets(data.known, first)]),
         "warm_set.npy": _numbers(torch.arange(first, after_warm)),
         "cold_set.npy": _numbers(torch.arange(after_warm, end)),

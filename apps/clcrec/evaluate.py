@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apps.clcrec.config import Config
-from apps.clcrec.dataset import GROUPS, ColdStart, Group, Stage, group_part, lists_of, train_lists
+from apps.clcrec.config import Config, TrainConfig
+from apps.clcrec.dataset import GROUPS, ColdStart, Group, Stage, group_part, lists_of
 from apps.clcrec.model import CLCRec
 from shared.device import to_device
 from shared.ranking import Lists, finish, metric_sums, rank_relevant, take_rows, top_k
@@ -29,7 +29,7 @@ def held_out(data: ColdStart, stage: Stage) -> Lists:
     return data.valid if stage == "valid" else data.test
 
 
-def protocol_text(data: ColdStart, stage: Stage, mask_value: str) -> str:
+def protocol_text(data: ColdStart, stage: Stage, training: TrainConfig) -> str:
     """What a metric of `evaluate` means, in a sentence."""
     lists = held_out(data, stage)
     users = {group: int((group_part(lists, group, data.num_warm).ptr.diff() > 0).sum()) for group in GROUPS}
@@ -38,8 +38,9 @@ def protocol_text(data: ColdStart, stage: Stage, mask_value: str) -> str:
     masked = {
         "inf": "training positives left out",
         "legacy": f"training positives and other groups scored {LEGACY_MASK} as the original does: not comparable",
-    }[mask_value]
-    return f"{stage} positives, full ranking of {groups}, {masked}, ties against the model"
+    }[training.mask_value]
+    scaled = f", cold scores times {training.cold_scale:g}" if training.cold_scale != 1 else ""
+    return f"{stage} positives, full ranking of {groups}, {masked}{scaled}, ties against the model"
 
 
 @contextmanager
@@ -81,11 +82,12 @@ def evaluate_stages(
     assert isinstance(model, CLCRec)
     with evaluation_mode(model):
         item_ID = model.all_items(cold_scale=config.training.cold_scale)
-        return ranking_metrics(model.user, item_ID, data, stages, config=config, on_users=on_users)
+        user_UD = model.user.detach()
+        return ranking_metrics(lambda user_B: user_UD[user_B], item_ID, data, stages, config=config, on_users=on_users)
 
 
 def ranking_metrics(
-    user_UD: Tensor,
+    query_of: Callable[[Tensor], Tensor],
     item_ID: Tensor,
     data: ColdStart,
     stages: Sequence[Stage],
@@ -94,17 +96,20 @@ def ranking_metrics(
     bias_I: Tensor | None = None,
     on_users: Callable[[int], None] = lambda done: None,
 ) -> dict[Stage, dict[str, float]]:
-    """The metrics of scores that are dot products of the two (plus a bias of the items), by stage and group."""
+    """The metrics of scores that are dot products (plus a bias of the items), by stage and group.
+
+    `query_of` gives the vectors [B, D] of users ([B] int64, on the device of `item_ID`).
+    """
     training = config.training
-    device, num_warm = user_UD.device, data.num_warm
+    device, num_warm = item_ID.device, data.num_warm
     bounds = {"all": (0, data.num_items), "warm": (0, num_warm), "cold": (num_warm, data.num_items)}
     relevant = {group: [group_part(held_out(data, stage), group, num_warm) for stage in stages] for group in GROUPS}
-    trained = train_lists(data)
+    trained = data.trained
     sums: dict[tuple[Stage, Group], dict[str, Tensor]] = {(stage, group): {} for stage in stages for group in GROUPS}
     users = torch.nonzero(torch.stack([lists.ptr.diff() for lists in relevant["all"]]).sum(0)).squeeze(1)
     for begin in range(0, users.numel(), USERS_PER_CHUNK):
         part_B = users[begin : begin + USERS_PER_CHUNK]
-        query_BD = user_UD[part_B.to(device)]
+        query_BD = query_of(part_B.to(device))
         seen = to_device(take_rows(trained, part_B), device)
         for group, parts in relevant.items():
             first, end = bounds[group]
@@ -125,6 +130,7 @@ def ranking_metrics(
                 left_out_B = left_out_B + data.num_items - (end - first)
                 owner = torch.repeat_interleave(torch.arange(part_B.numel(), device=device), wanted.ptr.diff())
                 score = (query_BD[owner] * item_ID[first:end][wanted.item]).sum(1)
+                score = score if bias_I is None else score + bias_I[first:end][wanted.item]
                 rank_E = rank_E + (score <= LEGACY_MASK) * left_out_B[owner]
             rank_E = rank_E.cpu()
             for i, (stage, part) in enumerate(zip(stages, parts, strict=True)):
@@ -166,15 +172,19 @@ def baselines(data: ColdStart, stage: Stage, content_IF: Tensor, *, config: Conf
     and where there is nothing else it is left out.
     """
     count_I = torch.bincount(data.item.long(), minlength=data.num_items).float()
-    nobody = torch.zeros(data.num_users, 1), torch.zeros(data.num_items, 1)
-    found = {"popularity": ranking_metrics(*nobody, data, (stage,), config=config, bias_I=count_I)[stage]}
+    nothing = torch.zeros(data.num_items, 1)
+    popular = ranking_metrics(
+        lambda user_B: torch.zeros(user_B.numel(), 1), nothing, data, (stage,), config=config, bias_I=count_I
+    )
+    found = {"popularity": popular[stage]}
     if content_IF.shape[1]:
         content_IF = F.normalize(content_IF.float(), dim=1)
-        trained = train_lists(data)
-        profile_UF = F.embedding_bag(
-            trained.item.long(), content_IF, trained.ptr, mode="mean", include_last_offset=True
-        )
-        found["content"] = ranking_metrics(profile_UF, content_IF, data, (stage,), config=config)[stage]
+
+        def profile(user_B: Tensor) -> Tensor:
+            ptr, item = take_rows(data.trained, user_B)
+            return F.embedding_bag(item.long(), content_IF, ptr, mode="mean", include_last_offset=True)
+
+        found["content"] = ranking_metrics(profile, content_IF, data, (stage,), config=config)[stage]
     return found
 
 
@@ -199,7 +209,8 @@ def predict_items(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Chunks of (user [B], item [B, k] int64, score [B, k] float32): each user's best items of a group, exactly ranked.
 
-    Every known positive is left out unless `keep_seen`; where fewer than k items remain, item is -1 and score -inf.
+    Every known positive is left out unless `keep_seen`; where fewer than k items remain, item is -1 and score -inf. A
+    k beyond the number of items of the group is that number.
     """
     user_UD, item_ID = matrices(model, cold_scale=config.training.cold_scale)
     first = data.num_warm if group == "cold" else 0
@@ -211,7 +222,7 @@ def predict_items(
         score, item = top_k(
             user_UD[begin : begin + USERS_PER_CHUNK],
             item_ID[first:end],
-            k=k,
+            k=min(k, end - first),
             exclude=None if keep_seen else to_device(Lists(seen.ptr, seen.item - first), user_UD.device),
             budget_bytes=config.training.memory_mib << 20,
         )
@@ -234,13 +245,14 @@ def predict_users(
     `item_ND`: encoded content of new items (`CLCRec.encode`) or rows of `matrices`; `known` ([N + 1], users) are left
     out, user is -1 and score -inf where fewer than k remain. Exactly ranked.
     """
-    user_UD, _ = matrices(model)
+    assert isinstance(model, CLCRec)
+    user_UD = model.user.detach().float()
     for begin in range(0, item_ND.shape[0], USERS_PER_CHUNK):
         part_B = torch.arange(begin, min(begin + USERS_PER_CHUNK, item_ND.shape[0]))
         score, user = top_k(
             item_ND[begin : begin + USERS_PER_CHUNK],
             user_UD,
-            k=k,
+            k=min(k, user_UD.shape[0]),
             exclude=None if known is None else to_device(take_rows(known, part_B), user_UD.device),
             budget_bytes=config.training.memory_mib << 20,
         )

@@ -611,9 +611,13 @@ def _read_ids(file: Path, findings: _Findings) -> Tensor | None:
         findings.add(file, "a row of integers", _kind(value), repair)
         return None
     values = list(values)
-    if not values or not _are_int64(values):
-        n = next((n for n, value in enumerate(values) if not _is_int64(value)), None)
-        findings.add(file, "integers", "none" if n is None else _kind(values[n]), repair, row=n)
+    if not values:
+        repair = "list the items; ratings without cold items get some from `prepare --cold-share`"
+        findings.add(file, "at least one item", "no id at all", repair)
+        return None
+    if not _are_int64(values):
+        n = next(n for n, value in enumerate(values) if not _is_int64(value))
+        findings.add(file, "integers", _kind(values[n]), repair, row=n)
         return None
     listed = torch.tensor(values, dtype=torch.int64)
     ids = torch.unique(listed)
@@ -971,7 +975,7 @@ def _check_quality(path: Path, data: ColdStart, findings: _Findings) -> None:
     repair = "nothing to do: nothing is learnt of them, and what they are recommended is chance"
     warn_idle(per_user, data.user_ids, train, "a training pair of each user", repair)
     per_item = torch.bincount(data.item, minlength=data.num_warm)
-    repair = "nothing to do: they are known by their content alone, as cold items are"
+    repair = "put them into cold_set.npy: a warm item is ranked by its embedding, and theirs is never trained"
     warn_idle(per_item, data.item_ids[: data.num_warm], train, "a training pair of each warm item", repair)
 
     stages = {"val_full.npy": data.valid, "test_full.npy": data.test}

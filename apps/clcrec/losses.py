@@ -58,8 +58,9 @@ class _FirstOfPicked(torch.autograd.Function):
         device = query_BD.device.type
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query_BD.dtype
         query, table = query_BD.to(low), table_CD.to(low)
-        grad_query, grad_table = torch.empty_like(query_BD), torch.zeros_like(table_CD)
         exact = torch.float64 if low == torch.float64 else torch.float32
+        grad_query = torch.empty_like(query_BD)
+        grad_table = torch.zeros_like(table_CD, dtype=exact)  # of many chunks: their sum must not lose digits
         total = query_BD.new_zeros((), dtype=exact)
         wants_gradient = any(ctx.needs_input_grad)
         budget = CUDA_CHUNK_BYTES if device == "cuda" else CPU_CHUNK_BYTES
@@ -80,7 +81,7 @@ class _FirstOfPicked(torch.autograd.Function):
                         residual *= times_BM[begin : begin + rows].to(exact).clamp(min=1)
                         spread_bC.zero_().scatter_add_(1, index_bM, residual.to(low))
                     grad_table += torch.mm(spread_bC.t(), part)
-        ctx.save_for_backward(grad_query, grad_table)
+        ctx.save_for_backward(grad_query, grad_table.to(table_CD.dtype))
         return total
 
     @staticmethod
@@ -108,7 +109,8 @@ def first_of_gathered(
     query_BD: Tensor, table_CD: Tensor, index_BM: Tensor, *, temperature: float, times_BM: Tensor | None = None
 ) -> Tensor:
     """The same from gathered rows of the table, whatever its size."""
-    picked_BMD = F.embedding(index_BM, table_CD)
+    exact = table_CD if table_CD.dtype == torch.float64 else table_CD.float()  # in which the gradients add up
+    picked_BMD = F.embedding(index_BM, exact).to(table_CD.dtype)
 
     def scores(picked_BMD: Tensor, query_BD: Tensor) -> Tensor:
         return torch.bmm(picked_BMD, query_BD.unsqueeze(2)).squeeze(2) / temperature
@@ -169,8 +171,10 @@ def shared_losses(
     """The losses with K negatives that all pairs share: another estimator of the same mean, one product per loss.
 
     `item_B` and `shared_K` (int64) are rows of the C candidates; the content of a replaced shared negative replaces it
-    for every pair. `excluded_BK` (bool) leaves out what is a positive of the pair's user.
+    for every pair. `excluded_BK` (bool) leaves out what is a positive of the pair's user. All means run over pairs, as
+    if each pair had the K negatives as its own.
     """
+    count = shared_K.numel()
     content_B = F.embedding(item_B, content_CD)
     id_B = F.embedding(item_B, id_CD)
     id_K, content_K = F.embedding(shared_K, id_CD), F.embedding(shared_K, content_CD)
@@ -186,5 +190,5 @@ def shared_losses(
     mixed_K = torch.where((shared_times_K > 0).unsqueeze(1), content_K, id_K.to(content_K.dtype))
     preference = logits(user_BD.to(mixed_K.dtype), mixed_B, mixed_K)
     user = torch.linalg.vector_norm(user_BD, dim=1).mean()
-    item = torch.linalg.vector_norm(torch.cat([id_B, id_K]), dim=1).mean()
-    return Parts(first_of(contrast), first_of(preference), 0.5 * (user + item))
+    item = torch.linalg.vector_norm(id_B, dim=1).mean() + count * torch.linalg.vector_norm(id_K, dim=1).mean()
+    return Parts(first_of(contrast), first_of(preference), 0.5 * (user + item / (1 + count)))

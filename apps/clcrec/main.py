@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -16,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from apps.clcrec.config import ALIASES, Config
+from apps.clcrec.config import ALIASES, Config, TrainConfig
 from shared import cli
 from shared.config import BOOL_WORDS, ConfigError, Resolved, dump_yaml, resolve
 
@@ -206,6 +207,10 @@ def say_what_has_no_effect(config: Config, log: "RunLog") -> None:
             f"--num-workers {training.num_workers} is not used: batches are made from tensors in this process, "
             "where workers would only cost"
         )
+    if training.resample_epochs != TrainConfig().resample_epochs and training.negatives != "pool":
+        log.info(f"--resample-epochs {training.resample_epochs} is about --negatives pool, and changes nothing here")
+    if training.scores != "auto" and training.negatives == "shared":
+        log.info(f"--scores {training.scores} is about negatives of each pair's own, and changes nothing here")
     if training.lr_lambda in (0.0, 1.0):
         loss = "user-item" if training.lr_lambda else "item-content"
         log.warn(
@@ -258,8 +263,8 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure a model on validation and test data, beside the baselines: all, warm and cold items."""
-    from apps.clcrec.evaluate import baselines, protocol_text
-    from apps.clcrec.evaluate import evaluate as measure
+    from apps.clcrec.dataset import STAGES
+    from apps.clcrec.evaluate import baselines, evaluate_stages, protocol_text
     from apps.clcrec.train import result_table
     from shared.files import atomic_write_text
     from shared.progress import Bar
@@ -267,13 +272,14 @@ def evaluate(
     console = Console(highlight=False, soft_wrap=True)
     config, data, model, path, is_demo = load_model(resolved, run, weights, runs_dir)
     result: dict[str, Any] = {"app": APP, "weights": str(path), "data": data.name, "stages": {}}
-    for stage in ("valid", "test"):
-        with Bar(total=data.num_users, description=stage, unit="users") as bar:
-            metrics = measure(model, data, stage, config=config, on_users=bar.reach)
-        columns, rows = result_table(metrics, baselines(data, stage, model.content.cpu(), config=config))
+    with Bar(total=data.num_users, description="evaluate", unit="users") as bar:
+        metrics = evaluate_stages(model, data, STAGES, config=config, on_users=bar.reach)
+        bar.reach(data.num_users)  # those without held-out items were not measured
+    for stage in STAGES:
+        columns, rows = result_table(metrics[stage], baselines(data, stage, model.content.cpu(), config=config))
         part = {
             "title": f"{stage}, {path}",
-            "protocol": protocol_text(data, stage, config.training.mask_value),
+            "protocol": protocol_text(data, stage, config.training),
             "table_columns": columns,
             "table": rows,
             "notes": notes_on(config, is_demo=is_demo),
@@ -299,8 +305,11 @@ def predict(
         int, typer.Option("--k", min=1, help="Items per user, or users per item.", rich_help_panel="Run")
     ] = 10,
     group: Annotated[
-        str, typer.Option("--group", help="Items to choose from: all, warm or cold.", rich_help_panel="Run")
-    ] = "all",
+        str | None,
+        typer.Option(
+            "--group", help="Items to choose from: all, warm or cold.", show_default="all", rich_help_panel="Run"
+        ),
+    ] = None,
     users_for: Annotated[
         str | None,
         typer.Option(
@@ -329,7 +338,9 @@ def predict(
 
     if users_for is not None and new_items is not None:
         raise ConfigError("--users-for takes items of the data and --new-items those of a folder; give one of them")
-    wanted = group_named("--group", group)
+    if group is not None and (users_for is not None or new_items is not None):
+        raise ConfigError("--group is about items for users; --users-for names the items that users are wanted for")
+    wanted = group_named("--group", group or "all")
     asked = None if users_for is None else group_named("--users-for", users_for)
     config, data, model, path, is_demo = load_model(resolved, run, weights, runs_dir)
     items = None
@@ -528,12 +539,24 @@ def load_model(
     state, meta = load_weights(path)
     data, is_demo = load_data(config, runs_dir)
     check_origin(meta, config, data, path)
+    config = as_trained(meta, resolved)
     model = make_model(config, data)
     if "num_warm" in meta and "item" in state:  # an export, whose item matrix ends with the vectors of the cold ones
         state["item"] = state["item"][: data.num_warm]
     check_shapes(model.state_dict(), state, path)
     model.load_state_dict(state)
     return config, data, model.to(pick_device(config.training.device)).eval(), path, is_demo
+
+
+def as_trained(meta: Mapping[str, Any], resolved: Resolved[Config]) -> Config:
+    """The configuration with what belongs to the weights' numbers from their file, unless flags say otherwise."""
+    stored = meta.get("identity", meta).get("config", {}).get("training", {})
+    kept = {
+        name: stored[name]
+        for name in ("neg_exclude", "cold_scale")
+        if name in stored and resolved.sources[f"training.{name}"] == "default"
+    }
+    return replace(resolved.config, training=replace(resolved.config.training, **kept))
 
 
 def checkpoint_of(run_dir: Path) -> Path:

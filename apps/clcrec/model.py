@@ -33,7 +33,10 @@ class Vectors(NamedTuple):
 
 def normalised_content(parts: Sequence[Tensor]) -> Tensor:
     """The modalities ([I, F_m] float) side by side, [I, F] float32, rows of each of length 1, or zero."""
-    return torch.cat([F.normalize(part.float(), dim=1) for part in parts], dim=1)
+    tiny = torch.finfo(torch.float32).tiny
+    # rows are divided by their largest value first, so that no square over- or underflows
+    scaled = [part.float() / part.float().abs().amax(1, keepdim=True).clamp(min=tiny) for part in parts]
+    return torch.cat([F.normalize(part, dim=1) for part in scaled], dim=1)
 
 
 class CLCRec(nn.Module):

@@ -9,6 +9,7 @@ resumed ends with the weights of one that was not (bit for bit on a CPU in fp32)
 import functools
 import json
 import math
+import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +31,6 @@ from apps.clcrec.dataset import (
     chosen_modalities,
     epoch_order,
     group_part,
-    train_lists,
 )
 from apps.clcrec.evaluate import baselines, evaluate, evaluate_stages, protocol_text
 from apps.clcrec.model import CLCRec, Vectors, WordLists, normalised_content
@@ -121,9 +121,11 @@ def build(config: Config, data: ColdStart) -> Components:
     precision, reason = resolve_precision(training.precision, device)
     torch.backends.cudnn.benchmark = training.cudnn_benchmark
     torch.backends.cudnn.deterministic = training.deterministic
+    if training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
     torch.use_deterministic_algorithms(training.deterministic)
     sampler = negatives.make_sampler(
-        data.known if training.neg_exclude == "all" else train_lists(data),
+        data.known if training.neg_exclude == "all" else data.trained,
         num_items=data.num_items,
         candidates=torch.arange(data.num_warm, dtype=torch.int32),
         device=device,
@@ -134,8 +136,9 @@ def build(config: Config, data: ColdStart) -> Components:
         raise ValueError(
             f"--num-negatives is {training.num_negatives}, but {data.name} has {data.num_warm} warm items to draw from"
         )
-    if training.neg_power > 0 and training.negatives == "shared":
-        raise ValueError("--neg-power draws negatives of each pair's own; use it with --negatives device or pool")
+    if training.negatives == "shared" and (training.neg_power > 0 or training.replacement == "legacy"):
+        asked = "--neg-power" if training.neg_power > 0 else "--replacement legacy"
+        raise ValueError(f"{asked} is about negatives of each pair's own; use it with --negatives device or pool")
     popularity = None
     if training.neg_power > 0:
         count_I = torch.bincount(data.item.long(), minlength=data.num_items)
@@ -143,6 +146,11 @@ def build(config: Config, data: ColdStart) -> Components:
     modalities = chosen_modalities(data, has_v=config.data.has_v, has_a=config.data.has_a, has_t=config.data.has_t)
     seed_everything(training.seed)
     model = make_model(config, data).to(device)
+    state = make_state(
+        model, [make_optimizer(model, training)], precision=precision, device=device, ema_decay=training.ema_decay
+    )
+    if isinstance(state.ema, CLCRec):  # content is the same data, and much of it
+        state.ema.content, state.ema.word_of, state.ema.word_ptr = model.content, model.word_of, model.word_ptr
     size = -(-min(training.batch_size, data.num_pairs) // training.accumulate)
     candidates, encodes_batch = encoded_items(training, size, data.num_warm)
     components = Components(
@@ -150,9 +158,7 @@ def build(config: Config, data: ColdStart) -> Components:
         data=data,
         modalities=modalities,
         device=device,
-        state=make_state(
-            model, [make_optimizer(model, training)], precision=precision, device=device, ema_decay=training.ema_decay
-        ),
+        state=state,
         amp=AmpConfig(precision=precision, clip_norm=training.clip_norm),
         precision_reason=reason,
         steps_per_epoch=-(-data.num_pairs // training.batch_size),
@@ -169,16 +175,19 @@ def build(config: Config, data: ColdStart) -> Components:
 
 def check_selection(training: TrainConfig, data: ColdStart) -> None:
     """Refuse to select by what is not measured."""
+    if not training.ks or min(training.ks) < 1:
+        raise ValueError(f"ks are {list(training.ks)}; --ks needs at least one k, each at least 1, as --ks 10,20")
+    for stage, lists in (("validation", data.valid), ("test", data.test)):
+        if not lists.item.numel():
+            raise ValueError(f"{data.name} holds no {stage} positives, so there is nothing to measure; hold some out")
     there = [group for group in GROUPS if group_part(data.valid, group, data.num_warm).item.numel()]
-    if not data.test.item.numel() or not there:
-        raise ValueError(f"{data.name} holds no validation or no test positives, so there is nothing to measure")
     measured = [
         f"{group}/{name}@{k}" for group in there for name in ("Recall", "NDCG", "Precision", "HR") for k in training.ks
     ]
-    if not training.ks or min(training.ks) < 1 or training.select not in measured:
+    if training.select not in measured:
         raise ValueError(
             f'select is "{training.select}" and ks are {list(training.ks)}; --select must be one of '
-            f"{', '.join(measured) or 'the metrics at some k'}, or change --ks"
+            f"{', '.join(measured)}, or change --ks"
         )
 
 
@@ -649,12 +658,12 @@ def evaluate_unless_stopped(
 
 
 def compile_or_say_why(c: Components, log: RunLog) -> None:
-    """Compile the model in place after trying it on one pair; where that fails, say why once and go on eagerly."""
+    """Compile the model in place after trying it on some pairs; where that fails, say why once and go on eagerly."""
     model = c.state.model
-    model.compile(mode=c.config.training.compile)
-    zero = torch.zeros(1, dtype=torch.int64, device=c.device)
+    model.compile(dynamic=True, mode=c.config.training.compile)
+    zeros = torch.zeros(8, dtype=torch.int64, device=c.device)
     try:
-        sum(part.sum() for part in model(zero, zero if c.encodes_batch else None)).backward()
+        sum(part.sum() for part in model(zeros, zeros if c.encodes_batch else None)).backward()
     except RuntimeError as error:
         model._compiled_call_impl = None
         log.warn(f"--compile has no effect here, training goes on without it: {str(error).splitlines()[0]}")
@@ -674,7 +683,7 @@ def write_result(
 ) -> dict[str, Any]:
     """Write result.json: metrics with their protocol, speed, machine, versions and data; returns what was written."""
     assert outcome.metrics is not None
-    mask = c.config.training.mask_value
+    training = c.config.training
     lines = [line for line in read_metrics(run_dir / "metrics.jsonl") if line["kind"] == "train"]
     others = baselines(c.data, "test", content_of(c.data, c.modalities), config=c.config)
     columns, rows = result_table(outcome.metrics["test"], others)
@@ -688,9 +697,9 @@ def write_result(
     result = {
         "app": APP,
         "title": f"{APP} on {c.data.name}",
-        "protocol": protocol_text(c.data, "test", mask),
+        "protocol": protocol_text(c.data, "test", training),
         "metrics": {
-            stage: {"protocol": protocol_text(c.data, stage, mask), **values}
+            stage: {"protocol": protocol_text(c.data, stage, training), **values}
             for stage, values in outcome.metrics.items()
         },
         "table_columns": columns,

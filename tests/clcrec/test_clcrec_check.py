@@ -129,7 +129,7 @@ CASES: dict[str, Case] = {
     "dict of ids": Case(
         {"cold_set.npy": {7: 1}}, "cold_set.npy", "a row of integers", "a dict of 1 value", "int64 array"
     ),
-    "no cold item": Case({"cold_set.npy": []}, "cold_set.npy", "integers", "none", "int64 array"),
+    "no cold item": Case({"cold_set.npy": []}, "cold_set.npy", "at least one item", "no id at all", "--cold-share"),
     "item twice": Case(
         {"warm_set.npy": np.array([3, 4, 4, 5, 6])},
         "warm_set.npy",
@@ -259,7 +259,7 @@ CASES: dict[str, Case] = {
         "train.npy",
         "a training pair of each warm item",
         "1 of 4 without (first: 5)",
-        "nothing to do",
+        "cold_set.npy",
         "warning",
     ),
     # dictionaries

@@ -446,6 +446,35 @@ def test_weights_of_every_kind_of_file_are_measured(kind, trained):
     assert trained.result["protocol"] in out
 
 
+@pytest.mark.parametrize("kind", ["checkpoint", "export"])
+def test_weights_bring_the_notes_and_the_factor_that_their_numbers_have(kind, shop):
+    succeed(shop, *TRAIN, "--neg-exclude", "all", "--cold-scale", "1.5")
+    run = run_folder(shop)
+    weights = str(run / "checkpoints" / "best.safetensors")
+    if kind == "export":
+        weights = "model.safetensors"
+        succeed(shop, "export", weights, "--run", str(run))
+    out = succeed(shop, "evaluate", "--weights", weights, "--data-path", "shop", *SMALL)
+    assert main.LEAK_NOTE in out
+    assert "cold scores times 1.5" in out
+    assert "cold scores times 2" in succeed(
+        shop, "evaluate", "--weights", weights, "--data-path", "shop", *SMALL, "--cold-scale", "2"
+    )
+
+
+@pytest.mark.parametrize("turned", [("--users-for", "all"), ("--new-items", "arrivals")])
+def test_a_group_of_items_is_refused_where_users_are_wanted(turned, trained):
+    ended = invoke(trained.folder, "predict", str(trained.best.parents[1]), "--group", "cold", *turned)
+    assert ended.code == 2
+    assert "--group is about items for users" in ended.err
+
+
+def test_settings_without_effect_are_named(shop):
+    out = succeed(shop, *TRAIN, "--resample_epochs=10", "--negatives", "shared", "--scores", "gather")
+    assert "--resample-epochs 10 is about --negatives pool, and changes nothing here" in out
+    assert "--scores gather is about negatives of each pair's own, and changes nothing here" in out
+
+
 class Hostile:
     """Makes a folder when it is unpickled by a careless reader."""
 

@@ -88,7 +88,7 @@ def test_a_group_without_held_out_items_is_left_out():
     user = torch.repeat_interleave(torch.arange(data.num_users), data.test.ptr.diff())
     warm_only = replace(data, test=lists_of(user[keep], data.test.item[keep], data.num_users))
     found = ranking_metrics(
-        torch.randn(data.num_users, 2), torch.randn(data.num_items, 2), warm_only, STAGES, config=CONFIG
+        torch.randn(data.num_users, 2).__getitem__, torch.randn(data.num_items, 2), warm_only, STAGES, config=CONFIG
     )
     assert {name.partition("/")[0] for name in found["test"]} == {"all", "warm"}
     assert {name.partition("/")[0] for name in found["valid"]} == {"all", "warm", "cold"}
@@ -109,6 +109,14 @@ def test_popularity_knows_warm_items_and_nothing_of_cold_ones():
             ranks = [sum(float(count[r]) >= float(count[i]) for r in rivals) for i in wanted]  # ties are lost
             recalls.append(sum(rank <= 3 for rank in ranks) / len(wanted))
     assert found["popularity"]["warm/Recall@3"] == pytest.approx(sum(recalls) / len(recalls), abs=1e-6)
+
+
+def test_the_original_mask_hardly_hurts_a_baseline_of_positive_scores():
+    data = topical_data()
+    settings = [TrainConfig(ks=(20,), mask_value=mask) for mask in ("inf", "legacy")]
+    content = torch.zeros(data.num_items, 0)
+    honest, masked = (baselines(data, "test", content, config=Config(training=t))["popularity"] for t in settings)
+    assert masked["warm/Recall@20"] == honest["warm/Recall@20"] > 0  # every warm count is above 1e-15
 
 
 def test_content_baseline_ranks_by_the_mean_content_of_the_users_items():
@@ -139,6 +147,7 @@ def test_predicted_items_are_the_best_of_the_group(group: Group, keep_seen: bool
             allowed = [i for i in range(first, end) if keep_seen or i not in known[user]]
             expected = sorted(allowed, key=lambda i: -float(users[user] @ items[i]))
             assert row[: len(expected)] == expected
+            assert len(row) == end - first, "k is the number of items at most"
             assert set(row[len(expected) :]) <= {-1}
             assert all(math.isinf(value) for value in score[len(expected) :])
 
@@ -178,11 +187,12 @@ def test_lists_side_by_side_keep_their_order_and_origin():
 
 def test_the_protocol_names_users_items_and_the_original_mask():
     data = topical_data()
-    text = protocol_text(data, "test", "inf")
+    text = protocol_text(data, "test", TrainConfig())
     users = int((data.test.ptr.diff() > 0).sum())
     assert f"all ({users} users, 52 items)" in text
     assert "ties against the model" in text
-    assert "not comparable" in protocol_text(data, "test", "legacy")
+    assert "cold scores times 1.2, ties" in protocol_text(data, "test", TrainConfig(cold_scale=1.2))
+    assert "not comparable" in protocol_text(data, "test", TrainConfig(mask_value="legacy"))
 
 
 def test_the_terminal_shows_recall_and_ndcg_at_the_largest_k():

@@ -38,6 +38,12 @@ def test_modalities_are_scaled_to_length_1_apart_and_zero_rows_stay_zero():
     torch.testing.assert_close(found, torch.tensor([[0.6, 0.8, 0.0, 1.0], [0.0, 0.0, half, half]]))
 
 
+def test_very_large_and_very_small_rows_get_length_1_too():
+    found = normalised_content([torch.tensor([[3e30, 4e30], [3e-30, -4e-30], [1e-44, 0.0]])])
+    torch.testing.assert_close(found[:2], torch.tensor([[0.6, 0.8], [0.6, -0.8]]))
+    assert found.isfinite().all()
+
+
 def test_initial_embeddings_have_the_spread_of_one_xavier_table():
     torch.manual_seed(0)
     model = CLCRec(ModelConfig(), num_users=4000, num_items=3000, num_warm=2000, content_IF=torch.zeros(3000, 2))
@@ -132,6 +138,7 @@ def test_shared_negatives_give_the_loss_of_the_same_negatives_written_out(replac
     )
     assert found.contrast.item() == pytest.approx(expected.contrast.item(), rel=1e-6)
     assert found.preference.item() == pytest.approx(expected.preference.item(), rel=1e-6)
+    assert found.norm.item() == pytest.approx(expected.norm.item(), rel=1e-6)
 
 
 def test_an_excluded_shared_negative_changes_nothing():
@@ -157,16 +164,47 @@ def test_an_excluded_shared_negative_changes_nothing():
     assert loss([4, 5, 6], [False, False, False]) != pytest.approx(loss([4, 5], [False, False]), rel=1e-3)
 
 
-@pytest.mark.parametrize("by_matrix", [True, False])
-def test_both_forms_of_the_scores_have_the_same_gradients(by_matrix: bool):
+def test_both_forms_of_the_scores_have_the_same_gradients():
     g = torch.Generator().manual_seed(5)
     tensors = [torch.randn(n, 4, generator=g, dtype=torch.float64, requires_grad=True) for n in (3, 7, 7)]
+    user, item, content = tensors
     index = torch.stack([torch.randperm(7, generator=g)[:4] for _ in range(3)])
     times = torch.randint(0, 3, (3, 4), generator=g).byte()
 
     def gradients(matrix: bool) -> tuple[torch.Tensor, ...]:
-        parts = losses.pair_losses(*tensors, index, times, temperature=0.7, by_matrix=matrix, repeats=True)
+        parts = losses.pair_losses(user, item, content, index, times, temperature=0.7, by_matrix=matrix, repeats=True)
         return torch.autograd.grad(losses.total(parts, lr_lambda=0.3, reg_weight=0.1), tensors)
 
-    for one, other in zip(gradients(by_matrix), gradients(not by_matrix), strict=True):
+    for one, other in zip(gradients(True), gradients(False), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("form", ["matrix", "gather", "shared"])
+def test_gradients_under_bf16_are_those_of_fp32_up_to_its_digits(form: str):
+    """Sums over thousands of positions must not run in bf16, which has 8 bits."""
+    g = torch.Generator().manual_seed(6)
+    batch, rows, width = 2048, 100, 16
+    user, item = torch.randn(batch, width, generator=g) * 0.3, torch.randn(rows, width, generator=g) * 0.3
+    content = torch.randn(rows, width, generator=g) * 0.3
+    index = torch.stack([torch.randperm(rows, generator=g)[:33] for _ in range(batch)])
+    times = torch.ones(batch, 33, dtype=torch.uint8)
+
+    def gradient(low: torch.dtype) -> torch.Tensor:
+        leaf = content.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low == torch.bfloat16):
+            encoded = leaf.to(low)
+            if form == "shared":
+                none = torch.zeros(batch, 32, dtype=torch.bool)
+                parts = losses.shared_losses(
+                    user, item, encoded, index[:, 0], times[:, 0], index[0, 1:], times[0, 1:], none, temperature=0.2
+                )
+            else:
+                parts = losses.pair_losses(
+                    user, item, encoded, index, times, temperature=0.2, by_matrix=form == "matrix"
+                )
+        losses.total(parts, lr_lambda=0.5, reg_weight=0.0).backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    exact, low = gradient(torch.float32), gradient(torch.bfloat16)
+    assert float((low - exact).norm() / exact.norm()) < 0.02

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from apps.clcrec import losses
 from apps.clcrec.config import Config, ModelConfig, TrainConfig
-from apps.clcrec.dataset import GROUPS, STAGES, Batch, ColdStart, Group, group_part, lists_of, train_lists
+from apps.clcrec.dataset import GROUPS, STAGES, Batch, ColdStart, Group, group_part, lists_of
 from apps.clcrec.evaluate import ranking_metrics
 from apps.clcrec.model import CLCRec, WordLists
 from apps.clcrec.train import loss_fn, replaced_times
@@ -205,9 +205,9 @@ def small_data(g: torch.Generator) -> tuple[ColdStart, Tensor, Tensor, dict[str,
 def test_metrics_equal_the_originals_under_both_masks(seed: int, mask_value: str):
     data, users, items, relevant, trained = small_data(torch.Generator().manual_seed(seed))
     config = Config(training=TrainConfig(ks=(3, 10), mask_value=mask_value, memory_mib=1))
-    both = ranking_metrics(users, items, data, STAGES, config=config)
+    both = ranking_metrics(users.__getitem__, items, data, STAGES, config=config)
     for stage, found in both.items():
-        assert found == ranking_metrics(users, items, data, (stage,), config=config)[stage]
+        assert found == ranking_metrics(users.__getitem__, items, data, (stage,), config=config)[stage]
         for group in GROUPS:
             wanted = [
                 {i for i in row if group == "all" or (i < data.num_warm) == (group == "warm")}
@@ -232,8 +232,8 @@ def test_the_legacy_mask_makes_a_difference_where_scores_are_negative():
     data, users, items, _, _ = small_data(torch.Generator().manual_seed(0))
     config = Config(training=TrainConfig(ks=(10,)))
     legacy = Config(training=replace(config.training, mask_value="legacy"))
-    honest = ranking_metrics(users, items, data, ("test",), config=config)["test"]
-    masked = ranking_metrics(users, items, data, ("test",), config=legacy)["test"]
+    honest = ranking_metrics(users.__getitem__, items, data, ("test",), config=config)["test"]
+    masked = ranking_metrics(users.__getitem__, items, data, ("test",), config=legacy)["test"]
     assert all(masked[name] <= honest[name] for name in honest)
     assert masked["cold/Recall@10"] < honest["cold/Recall@10"]
 
@@ -245,5 +245,5 @@ def test_groups_divide_the_held_out_items():
         part = group_part(data.test, group, data.num_warm)
         found = [set(part.item[a:b].tolist()) for a, b in zip(part.ptr[:-1], part.ptr[1:], strict=True)]
         assert found == [row & set(keep) for row in relevant["test"]]
-    lists = train_lists(data)
+    lists = data.trained
     assert [set(lists.item[a:b].tolist()) for a, b in zip(lists.ptr[:-1], lists.ptr[1:], strict=True)] == trained
