@@ -124,6 +124,7 @@ def amp_step(
     lr_factor: float = 1.0,
     shares: Sequence[float] | None = None,
     want_norm: bool = False,
+    reduce: Callable[[Sequence[Tensor]], None] | None = None,
     mark: Callable[[str], None] = no_mark,
 ) -> tuple[TrainState, StepOutput]:
     """One optimizer step over all of `micro_batches`, in place on the state's model, optimizers, scaler and ema.
@@ -131,6 +132,10 @@ def amp_step(
     `loss_fn(model, micro_batch)` returns a mean loss and further scalars; `shares` weighs the micro-batches and sums
     to 1 (default: equally; give each its share of the samples that the mean runs over, and the step equals one over
     the whole batch). `lr_factor` scales every learning rate. Gradients are clipped after unscaling.
+
+    Where several processes train together, `reduce` replaces tensors by their sums over the processes, in place. It
+    gets all gradients, the loss and the scalars at once, before anything looks at them, so that clipping, the scaler
+    and the search for bad numbers decide alike everywhere; `shares` then sum to 1 over the processes.
     """
     if not micro_batches:
         raise ValueError("a step needs at least one micro-batch")
@@ -155,6 +160,9 @@ def amp_step(
             scalars[name] = scalars.get(name, 0.0) + value.detach() * share
         mark("backward")
 
+    if reduce is not None:
+        reduce([*(p.grad for p in model.parameters() if p.grad is not None), loss, *scalars.values()])
+        mark("sync")
     for optimizer in state.optimizers:
         scaler.unscale_(optimizer)
     parameters = [p for p in model.parameters() if p.grad is not None]

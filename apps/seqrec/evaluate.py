@@ -31,6 +31,7 @@ from apps.seqrec.dataset import (
 )
 from apps.seqrec.model import SeqRec
 from shared.device import to_device
+from shared.distributed import Group, place
 from shared.ranking import Lists, finish, metric_sums, rank_relevant, sampled_candidates_rank, top_k
 from shared.seed import make_generator
 
@@ -104,7 +105,6 @@ def queries(
         yield Queries(part, state_BD, to_device(histories(sequences, part), device))
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
     sequences: Sequences,
@@ -120,6 +120,28 @@ def evaluate(
     `protocol` defaults to the configuration's; `protocol_text` says what it means. `on_users` is called between chunks
     with the number of users done. The model is left in the mode it was in.
     """
+    return finish(
+        evaluation_sums(model, sequences, stage, config=config, packed=packed, protocol=protocol, on_users=on_users)
+    )
+
+
+@torch.no_grad()
+def evaluation_sums(
+    model: nn.Module,
+    sequences: Sequences,
+    stage: Stage,
+    *,
+    config: Config,
+    packed: bool,
+    protocol: str | None = None,
+    group: Group | None = None,
+    on_users: Callable[[int], None] = lambda done: None,
+) -> dict[str, Tensor]:
+    """What `evaluate` averages, summed over the users that this process of `group` measures.
+
+    Whole chunks are dealt to the processes in turn, so that a user's chunk is computed alike for any number of
+    processes; the sums of all of them are then those of one process to the last bit.
+    """
     assert isinstance(model, SeqRec)
     training = config.training
     protocol = protocol or training.protocol
@@ -127,7 +149,12 @@ def evaluate(
     item_ID = model.candidates()
     spans = evaluated_spans(sequences, stage, max_len=config.data.max_len)
     sampled = sampled_negatives(sequences, stage, spans, seed=training.seed) if protocol == "sampled" else None
-    sums: dict[str, Tensor] = {}
+    process, processes = place(group)
+    chunk_B = torch.arange(spans.user.numel()) // USERS_PER_CHUNK
+    own = torch.nonzero(chunk_B % processes == process).squeeze(1)
+    spans = spans.take(own)
+    nobody = torch.zeros(0, dtype=torch.int64)
+    sums = metric_sums(nobody, torch.zeros(1, dtype=torch.int64), ks=training.ks)
     done = 0
     with evaluation_mode(model):
         for chunk in queries(model, sequences, spans, max_len=config.data.max_len, packed=packed, device=device):
@@ -135,7 +162,7 @@ def evaluate(
             target = sequences.item[chunk.spans.end].long().to(device)
             relevant = Lists(torch.arange(size + 1, device=device), target)
             if sampled is not None:
-                negatives = sampled[done : done + size].to(device)
+                negatives = sampled[own[done : done + size]].to(device)
                 rank = sampled_candidates_rank(chunk.state_BD, item_ID, target, negatives)
             else:
                 exclude = chunk.seen if protocol == "filtered" else None
@@ -150,7 +177,7 @@ def evaluate(
             sums = added(sums, metric_sums(rank, relevant.ptr, ks=training.ks))
             done += size
             on_users(done)
-    return finish(sums)
+    return sums
 
 
 def added(total: dict[str, Tensor], part: dict[str, Tensor]) -> dict[str, Tensor]:

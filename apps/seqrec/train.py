@@ -4,8 +4,12 @@ Legend: B sequences of a batch, R rows, L row length, D embedding dim, N targets
 
 Everything drawn is a function of (seed, epoch, step in the epoch), so that a run that was killed and resumed ends with
 the weights of one that was not (bit for bit on a CPU in fp32).
+
+Several processes (torchrun) share the sequences of each step. What is drawn is drawn for the whole step in each of
+them, so that order, windows and negatives do not depend on their number; only the masks of dropout do.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -31,11 +35,13 @@ from apps.seqrec.dataset import (
     epoch_order,
     item_counts,
     make_batch,
+    number_within,
     seen_items,
     training_spans,
 )
-from apps.seqrec.evaluate import baselines, evaluate, evaluated_spans, protocol_text
+from apps.seqrec.evaluate import baselines, evaluated_spans, evaluation_sums, protocol_text
 from apps.seqrec.model import SeqRec
+from shared import distributed
 from shared.amp import (
     AmpConfig,
     TrainState,
@@ -48,8 +54,10 @@ from shared.amp import (
 )
 from shared.checkpoint import CheckpointError, check_identity, load_checkpoint, save_best, save_step
 from shared.device import describe_machine, pick_device, to_device
+from shared.distributed import Group, place
 from shared.files import atomic_write_text
-from shared.log import RunLog, StopSignal, due, read_metrics
+from shared.log import MetricValue, RunLog, StopSignal, due, read_metrics
+from shared.ranking import finish
 from shared.schedule import lr_factor
 from shared.seed import make_generator, seed_everything, seed_step
 from shared.timing import RateMeter, StepTimer
@@ -82,6 +90,7 @@ class Components:
     log_q_I: Tensor | None  # [I] float32 on the device, log of each item's sampling rate; None: no correction
     cumulative_I: Tensor  # [I] float64, running sum of training events by item, for draws by popularity
     seen: SeenItems | None  # for bce
+    group: Group | None = None  # the processes that train together; None: this one alone
 
 
 class Meter(NamedTuple):
@@ -108,8 +117,11 @@ class Outcome:
     metrics: dict[Stage, dict[str, float]] | None  # "valid", "test" of the best checkpoint
 
 
-def build(config: Config, sequences: Sequences) -> Components:
-    """Model, optimizers and everything else that follows from the configuration and the data."""
+def build(config: Config, sequences: Sequences, *, group: Group | None = None) -> Components:
+    """Model, optimizers and everything else that follows from the configuration and the data.
+
+    Processes of a group get equal models, each on its own device.
+    """
     training = config.training
     measured = [f"{name}@{k}" for name in ("NDCG", "HR", "MRR") for k in training.ks]
     if not training.ks or min(training.ks) < 1 or training.select not in measured:
@@ -117,7 +129,7 @@ def build(config: Config, sequences: Sequences) -> Components:
             f'select is "{training.select}" and ks are {list(training.ks)}; --select must be one of '
             f"{', '.join(measured) or 'the metrics at some k'}, or change --ks"
         )
-    device = pick_device(training.device)
+    device = pick_device(training.device) if group is None else group.device
     precision, reason = resolve_precision(training.precision, device)
     spans = training_spans(sequences, max_len=config.data.max_len, window=config.data.window)
     if not spans.user.numel():
@@ -140,6 +152,7 @@ def build(config: Config, sequences: Sequences) -> Components:
         log_q_I=log_rates(training, counts, device),
         cumulative_I=torch.cumsum(counts, 0).double(),
         seen=seen_items(sequences) if training.loss == "bce" else None,
+        group=group,
     )
     learning_rate_factor(components, 0)  # refuses an impossible schedule before anything is written
     return components
@@ -205,12 +218,16 @@ def loss_fn(
 
 
 def step_batches(c: Components, spans: Spans, *, epoch: int, index: int) -> list[Batch]:
-    """The micro-batches of step `index` of an epoch, on the host, with their negatives.
+    """This process's micro-batches of step `index` of an epoch, on the host, with their negatives.
 
-    Negatives are drawn for the whole step, in order of sequence and time, so that neither the layout nor the number of
-    micro-batches changes what a target is compared with.
+    `spans` are those of the whole step, of all processes. Negatives are drawn for all of them, in order of sequence and
+    time, so that neither the layout nor the number of micro-batches or of processes changes what a target is compared
+    with.
     """
     training = c.config.training
+    count = spans.end - spans.start  # every input of a training span has a target
+    sequence, step = number_within(count)  # of every target of the step
+    own = own_rows(count, c.group)
     shared = None
     if training.loss in ("sampled", "gbce"):
         generator = make_generator(training.seed, epoch=epoch, step=index, stream=NEGATIVE_STREAM)
@@ -219,20 +236,39 @@ def step_batches(c: Components, spans: Spans, *, epoch: int, index: int) -> list
             shared = torch.searchsorted(c.cumulative_I, draw * c.cumulative_I[-1], right=True)
         else:
             shared = torch.randint(1, c.sequences.num_items + 1, (training.num_negatives,), generator=generator)
-    size = -(-spans.user.numel() // training.accumulate)
+    size = -(-own.numel() // training.accumulate)
     batches = [
         make_batch(c.sequences, Spans(*part), packed=c.packed, row_len=c.config.data.max_len)._replace(shared=shared)
-        for part in zip(*(torch.split(column, size) for column in spans), strict=True)
+        for part in zip(*(torch.split(column, size) for column in spans.take(own)), strict=True)
     ]
     if training.loss == "inbatch":
-        distinct = torch.unique(torch.cat([b.target for b in batches]))
+        distinct = torch.unique(c.sequences.item[spans.start[sequence] + step + 1].long())
         batches = [b._replace(shared=distinct) for b in batches]
     if c.seen is not None:
         generator = make_generator(training.seed, epoch=epoch, step=index, stream=UNSEEN_STREAM)
-        user = torch.cat([b.user[b.segment.flatten()[b.place] - 1] for b in batches])
-        unseen = torch.split(draw_unseen(c.seen, user, generator), [b.target.numel() for b in batches])
-        batches = [b._replace(unseen=part) for b, part in zip(batches, unseen, strict=True)]
+        unseen = draw_unseen(c.seen, spans.user[sequence], generator)[torch.isin(sequence, own)]
+        parts = torch.split(unseen, [b.target.numel() for b in batches])
+        batches = [b._replace(unseen=part) for b, part in zip(batches, parts, strict=True)]
     return batches
+
+
+def own_rows(count: Tensor, group: Group | None) -> Tensor:
+    """Which sequences of a step this process computes, int64 in rising order, given the targets of each ([B]).
+
+    Longest first they are dealt in turn, so that no process waits long for another. One that gets none, in a step of
+    fewer sequences than processes, takes the shortest, which `step_shares` then gives no weight.
+    """
+    rank, world = place(group)
+    order = torch.argsort(count, descending=True, stable=True)
+    return (order[rank::world] if rank < order.numel() else order[-1:]).sort().values
+
+
+def step_shares(batches: list[Batch], spans: Spans, group: Group | None) -> list[float]:
+    """Each micro-batch's share of the targets of the whole step, so that the loss is the mean over all of them."""
+    if place(group)[0] >= spans.user.numel():
+        return [0.0] * len(batches)
+    total = int((spans.end - spans.start).sum())
+    return [batch.target.numel() / total for batch in batches]
 
 
 def train_epoch(
@@ -259,21 +295,22 @@ def train_epoch(
     for index in range(state.step - state.epoch * c.steps_per_epoch, c.steps_per_epoch):
         timer.start()
         rows = order[index * training.batch_size : (index + 1) * training.batch_size]
-        host_batches = step_batches(c, spans.take(rows), epoch=state.epoch, index=index)
+        step_spans = spans.take(rows)
+        host_batches = step_batches(c, step_spans, epoch=state.epoch, index=index)
         timer.mark("data_wait")
         batches = [to_device(batch, c.device) for batch in host_batches]
         timer.mark("copy")
 
-        targets = [batch.target.numel() for batch in batches]
-        seed_step(training.seed, state.epoch, index, DROPOUT_STREAM)
+        seed_step(training.seed, state.epoch, index, DROPOUT_STREAM + (place(c.group)[0] << 8))
         state, output = amp_step(
             state,
             batches,
             loss_of,
             amp=c.amp,
             lr_factor=learning_rate_factor(c, state.step),
-            shares=[count / sum(targets) for count in targets],
+            shares=step_shares(batches, step_spans, c.group),
             want_norm=due(state.step + 1, training.norm_every),
+            reduce=None if c.group is None else functools.partial(distributed.sum_, c.group),
             mark=timer.mark,
         )
         meter = Meter(meter.loss + output.loss, meter.steps + 1)
@@ -372,13 +409,15 @@ def fit(
 
     Checkpoints go to `run_dir`/checkpoints; `start` is where a resumed run goes on. The best
     checkpoint is chosen by the validation metric alone; test data is touched once, at the end, with that checkpoint.
-    A signal ends the step at hand, saves, and returns an Outcome without metrics.
+    A signal ends the step at hand, saves, and returns an Outcome without metrics. In a group, whose processes all call
+    this with the same `start`, the first one alone writes, and a signal to any of them stops all after the same step.
     """
     training = c.config.training
     folder = run_dir / "checkpoints"
     state, meter = c.state, Meter(torch.zeros((), dtype=torch.float64, device=c.device), 0)
     progress = Progress(best=-1.0, best_epoch=-1, stale=0)
     last_saved: Path | None = None
+    writes = place(c.group)[0] == 0
     if start is not None:
         state, meter, progress, last_saved = start
         log.info(f"resuming from {last_saved} at step {state.step}, epoch {state.epoch}")
@@ -391,11 +430,15 @@ def fit(
     def save(state: TrainState, meter: Meter) -> None:
         nonlocal last_saved
         check(state)
-        tree = checkpoint_tree(c, state, meter, progress)
-        last_saved = save_step(folder, tree, step=state.step, keep=training.keep)
+        if writes:
+            tree = checkpoint_tree(c, state, meter, progress)
+            last_saved = save_step(folder, tree, step=state.step, keep=training.keep)
+
+    def asked() -> bool:
+        return distributed.any_of(c.group, stop.requested is not None)
 
     def stopping(state: TrainState) -> bool:
-        return stop.requested is not None or 0 < training.max_steps <= state.step
+        return asked() or 0 < training.max_steps <= state.step
 
     def ended(state: TrainState) -> bool:
         stale = 0 < training.patience <= progress.stale
@@ -422,10 +465,11 @@ def fit(
         rates.pause()
         whole = state.step == (epoch + 1) * c.steps_per_epoch
         scheduled = whole and (due(epoch + 1, training.eval_every) or epoch + 1 == training.epochs)
-        metrics = None
-        if stop.requested is None and scheduled:
-            metrics = evaluate_unless_stopped(c, state, stop, on_users)
-        if stop.requested is not None:  # resuming starts where this step ended, validation included
+        metrics, halted = None, asked()
+        if not halted and scheduled:
+            metrics = evaluate_unless_stopped(c, state.ema or state.model, "valid", stop=stop, on_users=on_users)
+            halted = asked()
+        if halted:  # resuming starts where this step ended, validation included
             save(state, meter)
             return Outcome(state, progress, None)
         if whole:
@@ -437,12 +481,13 @@ def fit(
             progress = Progress(value, epoch, 0) if better else progress._replace(stale=progress.stale + 1)
             words = ", ".join(f"{name} {metrics[name]:.4f}" for name in ("NDCG@10", "HR@10") if name in metrics)
             log.info(f"epoch {epoch + 1}: validation {words}{' (best so far)' if better else ''}")
-            if better:
+            if better and writes:
                 save_best(folder, checkpoint_tree(c, state, meter, progress))
         save(state, meter)
         rates.resume()
 
     model = state.ema or state.model
+    distributed.wait_for_all(c.group)  # until the best checkpoint is there for all to read
     try:
         best = load_checkpoint(folder / "best.safetensors") if progress.best_epoch >= 0 else None
     except (CheckpointError, FileNotFoundError) as error:
@@ -451,16 +496,13 @@ def fit(
     if best is not None:
         model.load_state_dict(best["ema"] if best["ema"] is not None else best["model"])
         log.info(f"testing the checkpoint of epoch {progress.best_epoch + 1}, the best by validation {training.select}")
-    try:
-        stages: tuple[Stage, ...] = ("valid", "test")
-        final = {
-            stage: evaluate(
-                model, c.sequences, stage, config=c.config, packed=c.packed, on_users=checked(stop, on_users)
-            )
-            for stage in stages
-        }
-    except Stopped:
-        return Outcome(state, progress, None)
+    final: dict[Stage, dict[str, float]] = {}
+    stages: tuple[Stage, ...] = ("valid", "test")
+    for stage in stages:
+        found = evaluate_unless_stopped(c, model, stage, stop=stop, on_users=on_users)
+        if found is None:
+            return Outcome(state, progress, None)
+        final[stage] = found
     return Outcome(state, progress, final)
 
 
@@ -480,14 +522,42 @@ def checked(stop: StopSignal, on_users: Callable[[int], None]) -> Callable[[int]
 
 
 def evaluate_unless_stopped(
-    c: Components, state: TrainState, stop: StopSignal, on_users: Callable[[int], None]
+    c: Components, model: nn.Module, stage: Stage, *, stop: StopSignal, on_users: Callable[[int], None]
 ) -> dict[str, float] | None:
-    """Validation metrics of the state's weights (the average where there is one); None when a signal cut it short."""
-    model = state.ema or state.model
-    try:
-        return evaluate(model, c.sequences, "valid", config=c.config, packed=c.packed, on_users=checked(stop, on_users))
-    except Stopped:
+    """Metrics of `model`, the users divided among the processes; None when a signal to any of them cut it short."""
+    sums = None
+    with contextlib.suppress(Stopped):
+        sums = evaluation_sums(
+            model,
+            c.sequences,
+            stage,
+            config=c.config,
+            packed=c.packed,
+            group=c.group,
+            on_users=checked(stop, on_users),
+        )
+    if distributed.any_of(c.group, sums is None) or sums is None:
         return None
+    return finish(distributed.added_up(c.group, sums))
+
+
+class SilentLog(RunLog):
+    """Says and keeps nothing: the log of every process but the first."""
+
+    def __init__(self) -> None:
+        pass
+
+    def info(self, msg: str) -> None:
+        pass
+
+    def limited(self, key: str, msg: str, every_s: float = 10.0) -> None:
+        pass
+
+    def metrics(self, kind: str, step: int, epoch: int, values: Mapping[str, MetricValue]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def shown(metrics: Mapping[str, float]) -> dict[str, float]:
