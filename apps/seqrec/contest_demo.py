@@ -1,0 +1,423 @@
+"""Generated data in the contest's form: every file it has, with a structure that a model can learn.
+
+Legend: U users of a batch, I items, C clusters, K kinds of users, T steps, W width of an embedding.
+
+Items live in clusters, users are of a few kinds and have favourite clusters. Most of the time the next item comes from
+the cluster that follows the last item's, and which one follows depends on the user's kind and on whether the last item
+was clicked; otherwise from a favourite cluster, or from anywhere. Within a cluster some items are more popular than
+others. Features name the cluster (exactly or roughly), embeddings are its noisy vector, and the profile names the kind.
+
+The pickles are written opcode by opcode: they are read as data only, and so they are made of plain data only.
+"""
+
+import itertools
+import json
+import pickle  # the names of its opcodes alone
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from shared.files import atomic_write_text, atomic_writer
+from shared.seed import make_generator
+
+ITEM_STREAM, USER_STREAM, EMBEDDING_STREAM = 201, 202, 203  # of the draws
+
+# Vocabularies of the contest's public sample. 111 is the item's own id there: its size is the number of items.
+_FIELDS = "100 101 102 103 104 105 106 107 108 109 110 112 114 115 116 117 118 119 120 121 122"
+_SIZES = "6 44 11136 67 2 7 13 17 4 3 2 25 17 187 18 285 745 1745 1343 49079 11151"
+VOCAB = dict(zip(_FIELDS.split(), map(int, _SIZES.split()), strict=True))
+_MARK = "contest_demo.json"
+_VERSION = 1  # of what the same arguments make
+_FORMS = ("json", "part", "pkl", "npy")  # of the families of embeddings, in turn
+_KINDS = 4
+_FAVOURITES = 3
+_FOLLOW_SHARE, _FAVOURITE_SHARE = 0.7, 0.7  # of the steps follow; of the others go to a favourite cluster
+_CLICK_SHARE, _FAVOURITE_CLICK_SHARE, _CONVERSION_SHARE = 0.05, 0.3, 0.1  # conversions are a share of the clicks
+_ITEMS_PER_CLUSTER, _MAX_CLUSTERS = 25, 600
+_POPULARITY = 2.0  # of an item within its cluster: the draw's power
+_NOISE = 0.5  # of an embedding's numbers, whose cluster's are normal
+_BATCH_USERS = 4096
+_FIRST_TIME = 1_746_000_000
+_PAUSE_S = 6 * 3600.0
+_PREDICT_USERS = 100  # at most
+_NEW_ITEM = 30_000_000_000  # raw ids from here on are in no indexer
+_STEP = 2048  # embeddings are written in steps of 1 / 2048
+
+
+class _World(NamedTuple):
+    """What all users share."""
+
+    cluster: Tensor  # [I] int64
+    member: Tensor  # [I] int64, items by cluster, the popular ones first
+    start: Tensor  # [C + 1] int64, where a cluster's members begin
+    follower: Tensor  # [K, 2, C] int64, the next cluster after one whose item was (1) or was not (0) clicked
+    features: list[str]  # of every item, as JSON
+    vocab: dict[str, int]
+    creative: list[int]  # raw id of every item
+
+
+class _Users(NamedTuple):
+    """A batch of users with their events."""
+
+    kind: list[int]
+    profile: list[dict[str, Any]]
+    length: Tensor  # [U] int64
+    item: Tensor  # [U, T] int64, from 1
+    action: Tensor  # [U, T] int64
+    time: Tensor  # [U, T] int64
+
+
+def write_contest(
+    folder: Path,
+    *,
+    num_users: int,
+    num_items: int,
+    mean_length: int,
+    seed: int,
+    families: Sequence[tuple[int, int]] = ((81, 32),),
+    irregular: bool = False,
+) -> Path:
+    """The folder, with made-up data in every file of the contest; one with the same arguments is left alone.
+
+    families: (id, width) of the embeddings, written in turn as *.json, as part-*, as .pkl and as .npy. `irregular` adds
+    what is found in the wild: profiles anywhere, twice or missing, raw user ids, items and values that nobody knows,
+    features that change, times out of order, offsets as a dictionary, items without an embedding.
+    """
+    arguments = {
+        "version": _VERSION,
+        "num_users": num_users,
+        "num_items": num_items,
+        "mean_length": mean_length,
+        "seed": seed,
+        "families": [list(family) for family in families],
+        "irregular": irregular,
+    }
+    mark = folder / _MARK
+    text = json.dumps(arguments) + "\n"
+    if mark.is_file() and mark.read_text(encoding="utf-8") == text:
+        return folder
+    if min(num_users, num_items, mean_length) < 2:
+        raise ValueError("contest data needs at least 2 users, 2 items and 2 events per user")
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.unlink(missing_ok=True)
+    world = _make_world(num_items, seed)
+    _write_indexer(folder / "indexer.pkl", world, num_users)
+    with atomic_writer(folder / "item_feat_dict.json") as file:
+        pairs = (f'"{item}": {features}' for item, features in enumerate(world.features, 1))
+        _write_joined(file, pairs, opening="{", closing="}")
+    counts = itertools.count(1)
+    lines = _training_lines(world, num_users, mean_length, seed, irregular=irregular, counts=counts)
+    _write_lines(folder, "seq", lines, irregular=irregular)
+    _write_lines(folder, "predict_seq", _predict_lines(world, num_users, mean_length, seed), irregular=irregular)
+    with atomic_writer(folder / "predict_set.jsonl") as file:
+        for row, line in enumerate(_candidates(world)):
+            file.write(json.dumps({**line, "retrieval_id": row}).encode() + b"\n")
+    for n, (family, width) in enumerate(families):
+        _write_family(folder / "creative_emb", n, family, width, world, seed, irregular=irregular)
+    atomic_write_text(mark, text)
+    return folder
+
+
+# What is in the files
+
+
+def _make_world(num_items: int, seed: int) -> _World:
+    generator = make_generator(seed, stream=ITEM_STREAM)
+    num_clusters = min(_MAX_CLUSTERS, max(2, num_items // _ITEMS_PER_CLUSTER))
+
+    def integers(high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=generator)
+
+    cluster = torch.randperm(num_items, generator=generator) % num_clusters
+    member = torch.sort(cluster, stable=True).indices
+    start = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(cluster, minlength=num_clusters).cumsum(0)])
+    follower = torch.stack([torch.randperm(num_clusters, generator=generator) for _ in range(2 * _KINDS)])
+    vocab = {field: min(size, max(2, num_items)) for field, size in VOCAB.items()} | {"111": num_items}
+    vocab = dict(sorted(vocab.items()))
+    roughly = (cluster + (integers(10, num_items) == 0) * integers(num_clusters, num_items)) % num_clusters
+    exact = {"102": cluster, "117": cluster // 2, "118": cluster, "119": cluster * 2 + integers(2, num_items)}
+    rough = {"101": roughly, "114": roughly // 3, "116": roughly // 7, "120": roughly, "122": roughly}
+    own = {"111": torch.arange(num_items), "121": integers(num_items, num_items) // 2}
+    noise = {field: integers(vocab[field], num_items) for field in ("100", "112", "115")}
+    columns = {field: values % vocab[field] + 1 for field, values in (exact | rough | own | noise).items()}
+    is_there = {field: (integers(50, num_items) != 0).tolist() for field in ("112", "117", "118", "119", "120")}
+    is_there["115"] = (integers(4, num_items) == 0).tolist()
+    texts = [[""] * num_items]
+    for field in ("112", "117", "118", "119", "120", "100", "101", "102", "122", "114", "115", "116", "121", "111"):
+        mask = is_there.get(field, [True] * num_items)
+        values = columns[field].tolist()
+        texts.append([f', "{field}": {v}' if yes else "" for v, yes in zip(values, mask, strict=True)])
+    features = ["{" + "".join(parts)[2:] + "}" for parts in zip(*texts, strict=True)]
+    creative = (20_000_000_000 + 7 * torch.randperm(num_items, generator=generator)).tolist()
+    return _World(cluster, member, start, follower.view(_KINDS, 2, -1), features, vocab, creative)
+
+
+def _make_users(world: _World, num_users: int, mean_length: int, seed: int, batch: int) -> _Users:
+    """One batch of users, a function of (seed, batch)."""
+    generator = make_generator(seed, step=batch, stream=USER_STREAM)
+    num_clusters = len(world.start) - 1
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    def integers(high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=generator)
+
+    kind = integers(_KINDS, num_users)
+    favourite = integers(num_clusters, num_users, _FAVOURITES)
+    longest = max(2, round(1.1 * mean_length))
+    spread = 1 + 0.12 * torch.randn(num_users, generator=generator, dtype=torch.float64)
+    length = (mean_length * spread).round().long().clamp(2, longest)
+    steps = int(length.max())
+    item = torch.empty(num_users, steps, dtype=torch.int64)
+    action = torch.empty(num_users, steps, dtype=torch.int64)
+    cluster = favourite[:, 0]
+    for t in range(steps):
+        if t:
+            wanted = favourite.gather(1, integers(_FAVOURITES, num_users, 1)).squeeze(1)
+            anywhere = integers(num_clusters, num_users)
+            jump = torch.where(uniform(num_users) < _FAVOURITE_SHARE, wanted, anywhere)
+            follow = world.follower[kind, (action[:, t - 1] > 0).long(), cluster]
+            cluster = torch.where(uniform(num_users) < _FOLLOW_SHARE, follow, jump)
+        size = world.start[cluster + 1] - world.start[cluster]
+        rank = (uniform(num_users).pow(_POPULARITY) * size).long().clamp(max=size - 1)
+        item[:, t] = world.member[world.start[cluster] + rank] + 1
+        is_favourite = (favourite == cluster[:, None]).any(1)
+        clicked = uniform(num_users) < torch.where(is_favourite, _FAVOURITE_CLICK_SHARE, _CLICK_SHARE)
+        action[:, t] = clicked.long() + (clicked & (uniform(num_users) < _CONVERSION_SHARE))
+    pause = 1 + (-_PAUSE_S * torch.log1p(-uniform(num_users, steps))).long()
+    time = _FIRST_TIME + (uniform(num_users, 1) * 30 * 86_400).long() + pause.cumsum(1)
+    sizes = world.vocab
+    noise = integers(1 << 30, num_users, 5).tolist()
+    profile = [
+        {
+            "103": (k * 13 + noise[u][0] % 13) % sizes["103"] + 1,
+            "106": sorted({c % sizes["106"] + 1 for c in liked}),
+            "107": [noise[u][1] % sizes["107"] + 1],
+            "109": noise[u][2] % sizes["109"] + 1,
+            "105": k % sizes["105"] + 1,
+            "104": noise[u][3] % sizes["104"] + 1,
+            **({"110": [k % sizes["110"] + 1]} if noise[u][4] % 3 else {}),
+            **({"108": sorted({liked[0] % sizes["108"] + 1, 1})} if noise[u][4] % 2 else {}),
+        }
+        for u, (k, liked) in enumerate(zip(kind.tolist(), favourite.tolist(), strict=True))
+    ]
+    return _Users(kind.tolist(), profile, length, item, action, time)
+
+
+def _records(users: _Users, u: int) -> tuple[list[int], list[int], list[int]]:
+    """Items, actions and times of a user."""
+    n = int(users.length[u])
+    return users.item[u, :n].tolist(), users.action[u, :n].tolist(), users.time[u, :n].tolist()
+
+
+def _training_lines(
+    world: _World, num_users: int, mean_length: int, seed: int, *, irregular: bool, counts: Iterator[int]
+) -> Iterator[bytes]:
+    for batch, first in enumerate(range(0, num_users, _BATCH_USERS)):
+        users = _make_users(world, min(_BATCH_USERS, num_users - first), mean_length, seed, batch)
+        for u in range(len(users.kind)):
+            number = first + u + 1
+            items, actions, times = _records(users, u)
+            if irregular:
+                yield _irregular_line(world, number, users.profile[u], items, actions, times, counts)
+                continue
+            profile = f"[{number}, null, {json.dumps(users.profile[u])}, null, null, {times[-1] + 86_400}]"
+            events = [
+                f"[{number}, {item}, null, {world.features[item - 1]}, {action}, {time}]"
+                for item, action, time in zip(items, actions, times, strict=True)
+            ]
+            yield f"[{', '.join([*events, profile])}]\n".encode()
+
+
+def _irregular_line(
+    world: _World,
+    number: int,
+    profile: dict[str, Any],
+    items: list[int],
+    actions: list[int],
+    times: list[int],
+    counts: Iterator[int],
+) -> bytes:
+    """One user as found in the wild: what is odd about the line follows from the user's and the events' numbers."""
+    user: int | str = number
+    if number % 3 == 0:
+        user = f"user_{number:08d}" if number % 2 else f"somebody_{number}"
+    records: list[list[Any]] = []
+    for item, action, time in zip(items, actions, times, strict=True):
+        n = next(counts)
+        features: dict[str, Any] | None = json.loads(world.features[item - 1])
+        assert features is not None
+        raw = item if n % 17 else _NEW_ITEM + n
+        if n % 13 == 0:
+            features["102"] = "1020099999"
+        if n % 19 == 0:
+            features["122"] = world.vocab["122"] + 5
+        if n % 31 == 0:
+            features["115"] = n % world.vocab["115"] + 1
+        records.append([user, raw, None, None if n % 29 == 0 else features, None if n % 9 == 0 else action, time])
+    if number % 6 == 5:
+        records[0][5], records[-1][5] = records[-1][5], records[0][5]
+    if number % 7:
+        if number % 4 == 1:
+            profile = {**profile, "103": "1030000999", "106": [*profile["106"], "1060000999"]}
+        record = [user, None, profile, None, None, times[-1] + 86_400]
+        records.insert((0, len(records) // 2, len(records))[number % 3], record)
+        if number % 5 == 4:
+            records.insert(0, [user, None, {"103": 1}, None, None, times[0]])
+    return json.dumps(records).encode() + b"\n"
+
+
+def _predict_lines(world: _World, num_users: int, mean_length: int, seed: int) -> Iterator[bytes]:
+    """Users after the last training batch, some of whom and of whose items are new."""
+    count = min(_PREDICT_USERS, num_users)
+    users = _make_users(world, count, mean_length, seed, 1 << 30)
+    for u in range(count):
+        user = f"user_{u + 1:08d}" if u % 4 else f"newcomer_{u + 1}"
+        items, actions, times = _records(users, u)
+        records: list[list[Any]] = [[user, None, users.profile[u], None, None, times[-1] + 86_400]]
+        for n, (item, action, time) in enumerate(zip(items, actions, times, strict=True)):
+            features = json.loads(world.features[item - 1])
+            if (u + n) % 10 == 0:
+                features["102"] = "1020099999"
+                item = _NEW_ITEM + u * 1000 + n
+            records.append([user, item, None, features, action, time])
+        yield json.dumps(records).encode() + b"\n"
+
+
+def _candidates(world: _World) -> Iterator[dict[str, Any]]:
+    """Every second item, and one new item for every ten of them."""
+    for item in range(0, len(world.creative), 2):
+        features = json.loads(world.features[item])
+        yield {"creative_id": world.creative[item], "features": features}
+        if item % 20 == 0:
+            yield {"creative_id": _NEW_ITEM - 1 - item, "features": {**features, "111": "1110099999"}}
+
+
+# Files
+
+
+def _write_lines(folder: Path, name: str, lines: Iterator[bytes], *, irregular: bool) -> None:
+    """Write NAME.jsonl and the pickled offsets of its lines."""
+    offsets: list[int] = []
+    at = 0
+    with atomic_writer(folder / f"{name}.jsonl") as file:
+        for line in lines:
+            offsets.append(at)
+            at += file.write(line)
+    with atomic_writer(folder / f"{name}_offsets.pkl") as file:
+        _write_pickle(file, dict(enumerate(offsets)) if irregular else offsets)
+
+
+def _write_joined(file: BinaryIO, parts: Iterator[str], *, opening: str, closing: str) -> None:
+    file.write(opening.encode())
+    for n, part in enumerate(parts):
+        file.write((", " if n else "").encode() + part.encode())
+    file.write(closing.encode())
+
+
+def _write_indexer(path: Path, world: _World, num_users: int) -> None:
+    features = {
+        field: {int(field) * 10_000_000 + 2 * n: n for n in range(1, size + 1)} for field, size in world.vocab.items()
+    }
+    users = {f"user_{number:08d}": number for number in range(1, num_users + 1)}
+    items = {raw: item for item, raw in enumerate(world.creative, 1)}
+    with atomic_writer(path) as file:
+        file.write(pickle.PROTO + b"\x04" + pickle.EMPTY_DICT + pickle.MARK)
+        for name, table in (("u", users), ("i", items)):
+            file.write(_pushes(name))
+            _write_value(file, table)
+        # the original's table of features is a defaultdict(dict)
+        file.write(_pushes("f") + pickle.GLOBAL + b"collections\ndefaultdict\n" + pickle.MARK)
+        file.write(pickle.GLOBAL + b"builtins\ndict\n" + pickle.TUPLE + pickle.REDUCE + pickle.MARK)
+        for field, values in features.items():
+            file.write(_pushes(field))
+            _write_value(file, values)
+        file.write(pickle.SETITEMS + _pushes("a"))
+        _write_value(file, {1: 1, 0: 2})
+        file.write(pickle.SETITEMS + pickle.STOP)
+
+
+def _write_family(folder: Path, n: int, family: int, width: int, world: _World, seed: int, *, irregular: bool) -> None:
+    form = _FORMS[n % len(_FORMS)]
+    ids = world.creative
+    rows = _embedding_rows(world, family, width, seed)
+    folder.mkdir(exist_ok=True)
+    if form in ("json", "part"):
+        name = folder / f"emb_{family}_{width}"
+        name.mkdir(exist_ok=True)
+        (name / "_SUCCESS").touch()
+        half = (len(ids) + 1) // 2
+        for k, share in enumerate((ids[:half], ids[half:])):
+            path = name / (f"part-{k:05d}" if form == "part" else f"emb_{family}_{k}.json")
+            with atomic_writer(path) as file:
+                for m, (creative, values) in enumerate(zip(share, rows, strict=False)):
+                    text = f', "emb": [{", ".join(values)}]' if not irregular or m % 10 else ""
+                    file.write(f'{{"anonymous_cid": {creative}{text}}}\n'.encode())
+    elif form == "pkl":
+        with atomic_writer(folder / f"emb_{family}_{width}.pkl") as file:
+            _write_pickle(file, {raw: list(map(float, values)) for raw, values in zip(ids, rows, strict=True)})
+    else:
+        header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({len(ids) + 1}, {width}), }}"
+        header += " " * (-(len(header) + 11) % 64) + "\n"
+        name = folder / ("81.npy" if (family, width) == (81, 32) else f"emb_{family}_{width}.npy")
+        with atomic_writer(name) as file:
+            file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + bytes(4 * width))
+            for values in rows:
+                file.write(struct.pack(f"<{width}f", *map(float, values)))
+
+
+def _embedding_rows(world: _World, family: int, width: int, seed: int) -> Iterator[list[str]]:
+    """Every item's numbers as text: the vector of its cluster with noise."""
+    texts = [f"{k / _STEP:.6g}" for k in range(-4 * _STEP, 4 * _STEP + 1)]
+    vectors = make_generator(seed, epoch=family, stream=EMBEDDING_STREAM)
+    centre = torch.randn(len(world.start) - 1, width, generator=vectors)
+    for step, cluster in enumerate(torch.split(world.cluster, 1024)):
+        noise = make_generator(seed, epoch=family, step=step + 1, stream=EMBEDDING_STREAM)
+        value = centre[cluster] + _NOISE * torch.randn(len(cluster), width, generator=noise)
+        for row in ((value.clamp(-4, 4) + 4) * _STEP).round().long().tolist():
+            yield [texts[k] for k in row]
+
+
+# Pickles
+
+
+def _write_pickle(file: BinaryIO, value: object) -> None:
+    file.write(pickle.PROTO + b"\x04")
+    _write_value(file, value)
+    file.write(pickle.STOP)
+
+
+def _write_value(file: BinaryIO, value: object) -> None:
+    """Write the opcodes of a list or dictionary of any size, and of plain values in it."""
+    if isinstance(value, list):
+        file.write(pickle.EMPTY_LIST + pickle.MARK)
+        for element in value:
+            _write_value(file, element)
+        file.write(pickle.APPENDS)
+    elif isinstance(value, Mapping):
+        file.write(pickle.EMPTY_DICT + pickle.MARK)
+        for key, element in value.items():
+            file.write(_pushes(key))
+            _write_value(file, element)
+        file.write(pickle.SETITEMS)
+    else:
+        file.write(_pushes(value))
+
+
+def _pushes(value: object) -> bytes:
+    """The opcodes of pickle protocol 4 that make an integer, a number or a string."""
+    match value:
+        case int() if -(1 << 31) <= value < 1 << 31:
+            return pickle.BININT + struct.pack("<i", value)
+        case int():
+            return pickle.LONG1 + b"\x08" + struct.pack("<q", value)
+        case float():
+            return pickle.BINFLOAT + struct.pack(">d", value)
+        case str():
+            return pickle.BINUNICODE + struct.pack("<I", len(value.encode())) + value.encode()
+    raise TypeError(f"no opcodes for {type(value).__name__}")
