@@ -210,6 +210,17 @@ def run(
     sys.exit(0)
 
 
+def output_file(path: Path, *, suffix: str | None = None) -> Path:
+    """The path of a file that a verb will write, its folder made; what cannot be written is refused before the work."""
+    if path.is_dir():
+        name = f"result{suffix or '.json'}"
+        raise ConfigError(f"{path} is a folder; name a file to write, such as {path / name}")
+    if suffix is not None and path.suffix != suffix:
+        raise ConfigError(f"{path}: the name must end in {suffix}; write to {path.with_suffix(suffix)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def new_run_dir(root: Path, app: str, name: str, *, now: datetime) -> Path:
     """Create and return root/<app>/<20261121-041500>-<name>; -2, -3 ... is appended where it exists already.
 

@@ -22,6 +22,7 @@ from unittest import mock
 import pytest
 
 from apps.clcrec import demo
+from apps.seqrec.contest_demo import write_contest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("apps/*/README.md"))]
@@ -50,6 +51,10 @@ TESTED = {
     "python -m apps.seqrec predict runs/seqrec/RUN --k 20 --output top20.jsonl": "",
     "python -m apps.seqrec export model.safetensors --run runs/seqrec/RUN": "",
     "python -m benchmarks.seqrec_step --data-path ml-1m.txt": "--steps 1 --warm-up 1 --users 8 --max-len 20",
+    "python -m torch.distributed.run --standalone --nproc-per-node 2 -m apps.seqrec train --data-path ml-1m.txt": QUICK,
+    "python -m apps.seqrec check contest": "",
+    "python -m apps.seqrec prepare contest contest-pack": "",
+    "python -m apps.seqrec train --data-path contest-pack --name contest": QUICK,
     "python -m apps.clcrec train": QUICK,
     (
         "python -m apps.clcrec train --model_name='CLCRec' --l_r=0.001 --reg_weight=0.1 --num_workers=4 --num_neg=128 "
@@ -233,6 +238,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     for name, text in INPUTS.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
+    write_contest(folder / "contest", num_users=30, num_items=40, mean_length=10, seed=1)
     small = demo.demo_data(num_users=40, num_warm=30, num_cold=10)
     with mock.patch.object(demo, "demo_data", return_value=small):
         for name in FOLDERS:

@@ -270,6 +270,8 @@ def evaluate(
     from shared.progress import Bar
 
     console = Console(highlight=False, soft_wrap=True)
+    if output is not None:
+        cli.output_file(output)
     config, data, model, path, is_demo = load_model(resolved, run, weights, runs_dir)
     result: dict[str, Any] = {"app": APP, "weights": str(path), "data": data.name, "stages": {}}
     with Bar(total=data.num_users, description="evaluate", unit="users") as bar:
@@ -287,7 +289,6 @@ def evaluate(
         result["stages"][stage] = part
         print_table(console, part)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(output, json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
@@ -342,6 +343,7 @@ def predict(
         raise ConfigError("--group is about items for users; --users-for names the items that users are wanted for")
     wanted = group_named("--group", group or "all")
     asked = None if users_for is None else group_named("--users-for", users_for)
+    cli.output_file(output)
     config, data, model, path, is_demo = load_model(resolved, run, weights, runs_dir)
     items = None
     if asked is not None:
@@ -419,7 +421,6 @@ def write_ranked(
     """Write rankings as JSONL: a key and its names for what was asked, a key and its names for what was found."""
     from shared.files import atomic_writer
 
-    output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_writer(output) as file, bar:
         for asked, found, scores in chunks:
             for row, places, values in zip(asked.tolist(), found.tolist(), scores.tolist(), strict=True):
@@ -501,6 +502,7 @@ def export(
     from shared.checkpoint import save_weights
     from shared.config import as_dict
 
+    cli.output_file(output, suffix=".safetensors")
     config, data, model, path, is_demo = load_model(resolved, run, weights, runs_dir)
     chosen = chosen_modalities(data, has_v=config.data.has_v, has_a=config.data.has_a, has_t=config.data.has_t)
     user_UD, item_ID = matrices(model, cold_scale=config.training.cold_scale)
@@ -514,7 +516,6 @@ def export(
         "item_ids": list(data.item_ids),
         "from": str(path),
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
     save_weights(output, {**model.state_dict(), "user": user_UD, "item": item_ID}, meta)
     typer.echo(
         f"{output}: {data.num_users:,} users and {data.num_items:,} items in {user_UD.shape[1]} dimensions, with the "

@@ -4,10 +4,11 @@ torch is imported inside the verbs, so that `--help` answers at once.
 """
 
 import json
+import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,7 +24,8 @@ from shared.config import ConfigError, Resolved, dump_yaml, resolve
 if TYPE_CHECKING:
     from apps.seqrec.dataset import Sequences
     from apps.seqrec.model import SeqRec
-    from apps.seqrec.train import Components
+    from apps.seqrec.train import Components, Start
+    from shared.distributed import Group
 
 APP = "seqrec"
 PROG = f"python -m apps.{APP}"
@@ -59,13 +61,24 @@ def app(argv: Sequence[str] | None = None) -> None:
     """Run the command line; accepts the original scripts' spellings and exits with 0, 1, 2, 130 or 143."""
     cli.run(
         typer_app,
-        inference_only_as_verb(sys.argv[1:] if argv is None else argv),
+        inference_only_as_verb(without_local_rank(sys.argv[1:] if argv is None else argv)),
         prog_name=PROG,
         flags_bool=cli.bool_flags(Config),
         aliases={**ALIASES, **VERB_ALIASES},
         default_verb="train",
         verbs=VERBS,
     )
+
+
+def without_local_rank(argv: Sequence[str]) -> list[str]:
+    """The words without the `--local-rank=N` of torch.distributed.launch, which also sets it in the environment."""
+    words = list(argv)
+    for index, word in enumerate(words):
+        name, equals, _ = word.partition("=")
+        if name.replace("_", "-") == "--local-rank":
+            del words[index : index + (1 if equals else 2)]
+            break
+    return words
 
 
 def inference_only_as_verb(argv: Sequence[str]) -> list[str]:
@@ -95,41 +108,71 @@ def train(
         typer.Option(help="Run folder to go on with, with its own configuration.", rich_help_panel="Run"),
     ] = None,
 ) -> None:
-    """Train a model; without --data-path on built-in demo data."""
+    """Train a model; without --data-path on built-in demo data. Under torchrun its processes share each step."""
+    from shared import distributed
+
+    if resume is not None:
+        resolved = configuration_of(resume, resolved)
+    try:
+        group = distributed.join(resolved.config.training.device)
+        run_training(resolved, group, name=name, runs_dir=runs_dir, resume=resume)
+    except distributed.LostPeerError as error:  # before there was a run to go on with
+        sys.stderr.write(f"error: {error}\n")
+        raise typer.Exit(1) from None
+
+
+def run_training(
+    resolved: Resolved[Config], group: "Group | None", *, name: str, runs_dir: Path, resume: Path | None
+) -> None:
+    """What `train` does once it knows which processes take part; all but the first of them are silent."""
     import torch
 
     from apps.seqrec import train as training
+    from shared import distributed
     from shared.amp import NonFiniteError
-    from shared.checkpoint import newest_checkpoint
     from shared.files import atomic_write_text
     from shared.log import RunLog, StopSignal
     from shared.progress import Bar
     from shared.report import build_report
 
-    console = Console(highlight=False, soft_wrap=True)
+    rank, world = distributed.place(group)
+    console = Console(highlight=False, soft_wrap=True, quiet=rank > 0)
 
     def say(line: str) -> None:
         console.print(line, markup=False)
 
-    if resume is not None:
-        resolved = configuration_of(resume, resolved)
-    sequences, is_demo = load_data(resolved.config, runs_dir)
-    c = training.build(resolved.config, sequences)  # before there is a folder: what cannot be built leaves none
-    run_dir = resume or cli.new_run_dir(runs_dir, APP, ("demo-" if is_demo else "") + name, now=datetime.now())
-    start, resume_step = None, None
-    if resume is not None:
-        found = newest_checkpoint(run_dir / "checkpoints", warn=say)
-        start = training.restore(c, *found) if found is not None else None
-        resume_step = start.state.step if start is not None else 0
-        del found  # as large as the model and its optimizers
-    if start is None:  # a new run, or one that was stopped before its first checkpoint
+    with distributed.first_before_others(group):
+        sequences, is_demo = load_data(resolved.config, runs_dir)
+    # before there is a folder: what cannot be built leaves none
+    c = training.build(resolved.config, sequences, group=group)
+    run_dir = resume
+    if run_dir is None:
+        new = (
+            cli.new_run_dir(runs_dir, APP, ("demo-" if is_demo else "") + name, now=datetime.now()) if rank == 0 else ""
+        )
+        run_dir = Path(distributed.text_of_first(group, str(new)))
+    start = None if resume is None else newest_start(c, run_dir, say=say)
+    resume_step = None if resume is None else start.state.step if start is not None else 0
+    if not distributed.same_everywhere(group, f"{resolved.config} {sequences.fingerprint} {resume_step}"):
+        raise ValueError("the processes differ in configuration, data or checkpoint; give all of them the same files")
+    if start is None and rank == 0:  # a new run, or one that was stopped before its first checkpoint
         atomic_write_text(run_dir / "config.yaml", dump_yaml(resolved))
 
     settings = resolved.config.training
+    again = f"{launcher(world)} train --resume {shlex.quote(str(run_dir))}"
     with (
-        RunLog(run_dir, say=say, tensorboard=settings.tensorboard, resume_step=resume_step) as log,
+        training.SilentLog()
+        if rank > 0
+        else RunLog(run_dir, say=say, tensorboard=settings.tensorboard, resume_step=resume_step) as log,
         StopSignal(say=say) as stop,
     ):
+
+        def complain(line: str) -> None:
+            """Log a warning, from any process."""
+            log.warn(line)
+            if rank > 0:
+                sys.stderr.write(f"warning: process {rank}: {line}\n")
+
         if is_demo:
             log.info(f"This is {DEMO_NOTE}; use --data-path for your own.")
         log.info(describe_run(c, run_dir))
@@ -150,32 +193,57 @@ def train(
 
             try:
                 outcome = training.fit(c, run_dir, log=log, stop=stop, start=start, on_step=on_step)
-            except NonFiniteError as error:
+            except NonFiniteError as error:  # in all processes alike
                 log.warn(str(error))
+                distributed.leave(group)
                 raise typer.Exit(1) from None
             except torch.OutOfMemoryError as error:
-                log.warn(f"{error}\nout of memory: try --accumulate 2, a smaller --batch-size, or --grad-checkpoint")
+                complain(f"{error}\nout of memory: try --accumulate 2, a smaller --batch-size, or --grad-checkpoint")
                 raise typer.Exit(1) from None
+            except distributed.LostPeerError as error:
+                complain(f"{error}; go on from the last checkpoint with: {again}")
+                raise typer.Exit(1) from None
+        distributed.leave(group)
         if outcome.metrics is None:
-            log.info(
-                f"stopped at step {outcome.state.step}; resume with: {PROG} train --resume {shlex.quote(str(run_dir))}"
-            )
+            log.info(f"stopped at step {outcome.state.step}; resume with: {again}")
             raise typer.Exit(stop.exit_code)
+        if rank > 0:
+            return
+        notes = ([DEMO_NOTE] if is_demo else []) + ([f"trained by {world} processes"] if world > 1 else [])
         result = training.write_result(
-            c, run_dir, outcome, notes=[DEMO_NOTE] if is_demo else [], command=shown_command(), git=git_revision()
+            c, run_dir, outcome, notes=notes, command=shown_command(world), git=git_revision()
         )
         build_report(run_dir)
         log.info(f"run folder: {run_dir}; look at it: open {run_dir / 'report.html'} in a browser")
     print_table(console, result)
 
 
+def newest_start(c: "Components", run_dir: Path, *, say: Callable[[str], None]) -> "Start | None":
+    """Where a stopped run goes on, in all processes alike; None where it has saved nothing yet."""
+    from apps.seqrec.train import restore
+    from shared.checkpoint import load_checkpoint, newest_checkpoint
+    from shared.distributed import place, text_of_first
+
+    found = newest_checkpoint(run_dir / "checkpoints", warn=say) if place(c.group)[0] == 0 else None
+    path = text_of_first(c.group, str(found[0]) if found is not None else "")
+    if not path:
+        return None
+    return restore(c, *(found or (Path(path), load_checkpoint(path))))
+
+
+def launcher(world: int) -> str:
+    """The words before the verb, as they would be typed for so many processes."""
+    return PROG if world == 1 else f"torchrun --nproc-per-node {world} -m apps.{APP}"
+
+
 def describe_run(c: "Components", run_dir: Path) -> str:
     """One paragraph on what is about to be trained."""
     data = c.sequences
+    processes = "" if c.group is None else f" in {c.group.world} processes"
     weights = sum(p.numel() for p in c.state.model.parameters())
     return (
         f"{data.name}: {data.num_users:,} users, {data.num_items:,} items, {data.num_events:,} events; "
-        f"{weights:,} weights; {c.steps_per_epoch} steps per epoch on {c.device}, "
+        f"{weights:,} weights; {c.steps_per_epoch} steps per epoch on {c.device}{processes}, "
         f"{c.amp.precision} ({c.precision_reason}), {'packed' if c.packed else 'padded'} rows; run folder {run_dir}"
     )
 
@@ -199,12 +267,22 @@ def configuration_of(run_dir: Path, given: Resolved[Config]) -> Resolved[Config]
 
 def load_data(config: Config, runs_dir: Path) -> tuple["Sequences", bool]:
     """The sequences of --data-path, or the demo data; and whether they are demo data."""
+    from apps.seqrec.contest import is_contest, is_contest_pack, read_contest
     from apps.seqrec.demo import write_demo
     from apps.seqrec.formats import read_sequences
 
     if config.data.data_path is None:
         return read_sequences(write_demo(runs_dir / APP / "demo-data")), True
-    return read_sequences(Path(config.data.data_path), format=config.data.format), False
+    path = Path(config.data.data_path)
+    if is_contest_pack(path):
+        return read_contest(path).sequences, False
+    if is_contest(path):
+        output = shlex.quote(f"{path.name or 'contest'}-pack")
+        raise ConfigError(
+            f"{path} is in the contest form, which is converted once: "
+            f"{PROG} prepare {shlex.quote(str(path))} {output}; then train with --data-path {output}"
+        )
+    return read_sequences(path, format=config.data.format), False
 
 
 @typer_app.command()
@@ -226,6 +304,8 @@ def evaluate(
     from shared.progress import Bar
 
     console = Console(highlight=False, soft_wrap=True)
+    if output is not None:
+        cli.output_file(output)
     config, sequences, model, path, is_demo = load_model(resolved, run, weights, runs_dir)
     packed = use_packed(config.data.layout, model.item.weight.device)
     result: dict[str, Any] = {"app": APP, "weights": str(path), "data": sequences.name, "stages": {}}
@@ -243,7 +323,6 @@ def evaluate(
         result["stages"][stage] = part
         print_table(console, part)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(output, json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
@@ -269,9 +348,9 @@ def predict(
     from shared.files import atomic_writer
     from shared.progress import Bar
 
+    cli.output_file(output)
     config, sequences, model, path, is_demo = load_model(resolved, run, weights, runs_dir)
     packed = use_packed(config.data.layout, model.item.weight.device)
-    output.parent.mkdir(parents=True, exist_ok=True)
     lines = 0
     with atomic_writer(output) as file, Bar(total=sequences.num_users, description="predict", unit="users") as bar:
         chunks = ranked(model, sequences, k=k, config=config, packed=packed, keep_seen=keep_seen, on_users=bar.reach)
@@ -293,15 +372,41 @@ def predict(
 
 @typer_app.command()
 def prepare(
-    source: Annotated[Path, typer.Argument(help="File or folder with sequences.")],
-    output: Annotated[Path, typer.Argument(help="Pack to write, a .safetensors file.")],
+    source: Annotated[Path, typer.Argument(help="File or folder with sequences, or a TAAC2025 contest folder.")],
+    output: Annotated[Path, typer.Argument(help="Pack to write: a .safetensors file, for a contest folder a folder.")],
     format: Annotated[  # noqa: A002
         str, typer.Option(help="auto, pairs, lines or inter.", rich_help_panel="Data")
     ] = "auto",
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that read a contest folder; 0: one per core.", rich_help_panel="Data")
+    ] = 0,
+    families: Annotated[
+        str,
+        typer.Option(
+            help="Embedding families of a contest folder, as 81,82; none named: those up to 1,024 numbers wide.",
+            show_default="none",
+            rich_help_panel="Data",
+        ),
+    ] = "",
 ) -> None:
     """Convert a source once into a pack that every later run maps into memory."""
+    from apps.seqrec.contest import contest_bytes, is_contest, prepare_contest
     from apps.seqrec.formats import read_sequences, write_sequences
+    from shared.progress import Bar
 
+    if is_contest(source):
+        chosen = tuple(families.split(",")) if families else None
+        with Bar(total=contest_bytes(source, families=chosen), description="prepare", unit="bytes") as bar:
+            contest = prepare_contest(
+                source, output, workers=workers or None, on_bytes=bar.reach, say=typer.echo, families=chosen
+            )
+        typer.echo(
+            f"{output}: {contest.sequences.num_users:,} users, {contest.sequences.num_items:,} items, "
+            f"{contest.item.numel():,} events, {len(contest.user_fields)} user and {len(contest.item_fields)} item "
+            f"features, embeddings {', '.join(contest.embeddings) or 'none'}; "
+            f"train on it with: {PROG} train --data-path {output}"
+        )
+        return
     sequences = read_sequences(source, format=format)
     write_sequences(output, sequences, source=source)
     typer.echo(
@@ -312,16 +417,21 @@ def prepare(
 
 @typer_app.command()
 def check(
-    source: Annotated[Path, typer.Argument(help="File, folder or pack to check.")],
+    source: Annotated[Path, typer.Argument(help="File, folder, contest folder or pack to check.")],
     format: Annotated[  # noqa: A002
         str, typer.Option(help="auto, pairs, lines, inter or pack.", rich_help_panel="Data")
     ] = "auto",
     limit: Annotated[int, typer.Option(min=1, help="Most faults to print.", rich_help_panel="Data")] = 20,
 ) -> None:
     """Look for every fault a source can have: file, line, field, expected, found, repair; exit code 2 on any error."""
+    from apps.seqrec.contest import is_contest
+    from apps.seqrec.contest_check import check_contest
     from apps.seqrec.formats import check_source
 
-    faults = check_source(source, format=format, limit=limit)
+    if is_contest(source):
+        faults = check_contest(source, limit=limit)
+    else:
+        faults = check_source(source, format=format, limit=limit)
     for fault in faults:
         typer.echo(str(fault))
     broken = any(fault.severity == "error" for fault in faults)
@@ -346,6 +456,7 @@ def export(
     from shared.checkpoint import save_weights
     from shared.config import as_dict
 
+    cli.output_file(output, suffix=".safetensors")
     config, sequences, model, path, is_demo = load_model(resolved, run, weights, runs_dir)
     meta = {
         "app": APP,
@@ -354,7 +465,6 @@ def export(
         "item_ids": list(sequences.item_ids),
         "from": str(path),
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
     save_weights(output, model.state_dict(), meta)
     num_weights = sum(p.numel() for p in model.parameters())
     typer.echo(f"{output}: {num_weights:,} weights from {path}{DEMO_MARK if is_demo else ''}")
@@ -373,6 +483,8 @@ def load_model(
     if run is None and weights is None:
         raise ConfigError("which model? give a run folder, or --weights FILE with the flags it was trained with")
     path = weights or checkpoint_of(run or Path())
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ:
+        raise ConfigError(f"only `train` shares its work among processes; start this without torchrun, as {PROG} ...")
     config = resolved.config
     state, meta = load_weights(path)
     sequences, is_demo = load_data(config, runs_dir)
@@ -453,9 +565,9 @@ def print_table(console: Console, result: Mapping[str, Any]) -> None:
     console.print(table)
 
 
-def shown_command() -> str:
-    """The command line of this process, as it would be typed."""
-    return shlex.join([*PROG.split(), *sys.argv[1:]])
+def shown_command(world: int) -> str:
+    """The command line of this run, as it would be typed."""
+    return shlex.join([*launcher(world).split(), *without_local_rank(sys.argv[1:])])
 
 
 def git_revision() -> str | None:

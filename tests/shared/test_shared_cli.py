@@ -14,7 +14,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from shared.cli import bool_flags, config_options, find_preset, make_app, new_run_dir, normalise_argv, run
+from shared.cli import bool_flags, config_options, find_preset, make_app, new_run_dir, normalise_argv, output_file, run
 from shared.config import ConfigError, Resolved, knob
 
 ROOT = Path(__file__).parents[2]
@@ -409,3 +409,14 @@ def test_console_with_few_characters_gets_question_marks_instead_of_a_crash(tmp_
         assert done.returncode == code
         assert part in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_output_files_are_refused_before_the_work(tmp_path):
+    path = tmp_path / "new" / "out.safetensors"
+    assert output_file(path, suffix=".safetensors") == path
+    assert path.parent.is_dir()
+    assert not path.exists()
+    with pytest.raises(ConfigError, match=r"is a folder; name a file to write, such as .*result\.json"):
+        output_file(tmp_path)
+    with pytest.raises(ConfigError, match=r"out\.bin: the name must end in \.safetensors; write to .*out\.safetensors"):
+        output_file(tmp_path / "out.bin", suffix=".safetensors")
