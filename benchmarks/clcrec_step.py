@@ -39,8 +39,8 @@ from apps.clcrec.dataset import GROUPS, STAGES, ColdStart, Group, group_part
 from apps.clcrec.evaluate import evaluate_stages, held_out, matrices
 from apps.clcrec.formats import read_data
 from apps.clcrec.train import DRAWN_ROWS, Components, build, epoch_batches, loss_fn
-from shared.amp import amp_step
-from shared.device import describe_machine
+from shared.amp import amp_step, resolve_precision
+from shared.device import describe_machine, pick_device
 from shared.ranking import Lists
 
 MOVIELENS_WIDTHS = {"v": 2048, "a": 128, "t": 100}
@@ -358,12 +358,18 @@ def step_rows(data: ColdStart, config: Config, *, quick: bool) -> dict[str, list
 
     larger = (4096,) if quick else (512, 1024, 2048, 4096)
     shared = (4096,) if quick else (256, 1024, 4096)
+    try:
+        resolve_precision("bf16", pick_device(config.training.device))
+        in_bf16 = () if quick else (256, 1024)
+    except ValueError:  # no units for it: a hundred times slower
+        in_bf16 = ()
     return {
         "whole step, N 128: batches, loss, gradients, optimizer": [
             original(128, 4),
             ours("ours, batch 256, N 128", 256, 128),
             ours("ours, batch 256, N 128, legacy replacement", 256, 128, replacement="legacy"),
             *(ours(f"ours, batch {size}, N 128", size, 128) for size in larger),
+            *(ours(f"ours in bf16, batch {size}, N 128", size, 128, precision="bf16") for size in in_bf16),
             *(ours(f"another estimator: batch {b}, 1,024 shared", b, 1024, negatives="shared") for b in shared),
         ],
         "whole step, N 512": [original(512, 2), ours("ours, batch 256, N 512", 256, 512)],
