@@ -10,6 +10,8 @@ import inspect
 import io
 import os
 import re
+import shlex
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -23,6 +25,7 @@ from rich.markup import escape
 
 from shared.config import BOOL_WORDS, ConfigError, Knob, Resolved, knobs, resolve
 
+C = TypeVar("C")
 T = TypeVar("T")
 
 _NO_ALIASES: Mapping[str, str] = MappingProxyType({})
@@ -239,6 +242,69 @@ def new_run_dir(root: Path, app: str, name: str, *, now: datetime) -> Path:
             number += 1
         else:
             return path
+
+
+def configuration_of(run_dir: Path, given: Resolved[C], *, aliases: Mapping[str, str]) -> Resolved[C]:
+    """The configuration a run was started with, overridden by the flags given now."""
+    path = run_dir / "config.yaml"
+    if not path.is_file() or not path.stat().st_size:
+        raise ConfigError(
+            f"{run_dir} is no run folder: it has no config.yaml, or an empty one; give the folder that `train` printed"
+        )
+    if any(source != "default" and not source.startswith("flag --") for source in given.sources.values()):
+        raise ConfigError(f"--config and a run folder exclude each other: {path} holds the run's configuration")
+    flags = {
+        key.split(".")[1]: getattr(getattr(given.config, key.split(".")[0]), key.split(".")[1])
+        for key, source in given.sources.items()
+        if source.startswith("flag ")
+    }
+    return resolve(type(given.config), yaml_path=path, yaml_label=str(path), flags=flags, aliases=aliases)
+
+
+def checkpoint_of(run_dir: Path, *, prog: str) -> Path:
+    """The run's best checkpoint, or its newest where it ended before the first validation, as its result did."""
+    from shared.checkpoint import newest_checkpoint
+
+    best = run_dir / "checkpoints" / "best.safetensors"
+    if best.is_file():
+        return best
+    found = newest_checkpoint(best.parent, warn=typer.echo)
+    if found is None:
+        again = f"{prog} train --resume {shlex.quote(str(run_dir))}"
+        raise ConfigError(f"{run_dir} holds no checkpoint yet; go on with: {again}")
+    return found[0]
+
+
+def check_shapes(expected: Mapping[str, Any], found: Mapping[str, Any], path: Path) -> None:
+    """Refuse weights that do not fit the model that the flags and the data describe, naming each difference."""
+    lines = [f"{name} is missing" for name in expected if name not in found]
+    lines += [f"{name} is not part of this model" for name in found if name not in expected]
+    lines += [
+        f"{name} is {list(found[name].shape)}, expected {list(value.shape)}"
+        for name, value in expected.items()
+        if name in found and found[name].shape != value.shape
+    ]
+    if lines:
+        raise ConfigError(
+            f"{path} does not fit the model: {'; '.join(lines[:8])}{'; ...' if len(lines) > 8 else ''}. "
+            "Give the run folder, or the same model flags and data that it was trained with."
+        )
+
+
+def git_revision() -> str | None:
+    """The revision of the code and whether it was changed; None outside a git checkout."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
 
 
 # Building options

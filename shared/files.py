@@ -343,3 +343,17 @@ def _parse_record(text: str) -> tuple[Any, dict[str, JSON], dict[str, tuple[str,
 
 def _damaged(path: StrPath, what: str) -> DamagedFileError:
     return DamagedFileError(f"{path}: damaged: {what}; restore it from a copy or write it again")
+
+
+def ids_to_bytes(ids: Sequence[str]) -> Tensor:
+    """The ids as UTF-8 with a line end behind each, [bytes] uint8: JSON would make a header of millions of names."""
+    text = "".join(f"{name}\n" for name in ids)
+    if text.count("\n") != len(ids):
+        raise ValueError("an id contains a line end; ids are tokens of one line: rename it")
+    data = bytearray(text.encode())
+    return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def bytes_to_ids(data: Tensor) -> tuple[str, ...]:
+    """The ids that `ids_to_bytes` wrote."""
+    return tuple(ctypes.string_at(data.data_ptr(), data.numel()).decode().split("\n")[:-1])

@@ -12,7 +12,6 @@ the first error that `check_source` lists: both walk through the same rules.
 """
 
 import csv
-import ctypes
 import hashlib
 import io
 import itertools
@@ -34,7 +33,7 @@ import torch
 from torch import Tensor
 
 from apps.clcrec.dataset import MODALITIES, ColdStart, Group, Words, group_part, lists_of
-from shared.files import DamagedFileError, fingerprint, read_pack, write_pack
+from shared.files import DamagedFileError, bytes_to_ids, fingerprint, ids_to_bytes, read_pack, write_pack
 from shared.pickles import UnsafePickleError, load_npy
 from shared.ranking import Lists
 from shared.seed import make_generator
@@ -1368,7 +1367,7 @@ def _write_pack(file: Path, data: ColdStart, sources: Sequence[_Source], split: 
     tensors |= {f"feat_{modality}": matrix for modality, matrix in data.content.items()}
     if data.words is not None:
         tensors |= {"words_item": data.words.item, "words_word": data.words.word}
-    tensors |= {"item_ids": _ids_to_bytes(data.item_ids), "user_ids": _ids_to_bytes(data.user_ids)}
+    tensors |= {"item_ids": ids_to_bytes(data.item_ids), "user_ids": ids_to_bytes(data.user_ids)}
     meta = {
         "kind": _PACK_KIND,
         "layout": _PACK_LAYOUT,
@@ -1418,8 +1417,8 @@ def _load_pack(file: Path, findings: _Findings) -> ColdStart | None:
         test=Lists(tensors["test_ptr"], tensors["test_item"]),
         content={m: tensors[f"feat_{m}"] for m in MODALITIES if f"feat_{m}" in tensors},
         words=words,
-        item_ids=_bytes_to_ids(tensors["item_ids"]),
-        user_ids=_bytes_to_ids(tensors["user_ids"]),
+        item_ids=bytes_to_ids(tensors["item_ids"]),
+        user_ids=bytes_to_ids(tensors["user_ids"]),
         fingerprint=meta["fingerprint"],
         name=meta["name"],
     )
@@ -1437,7 +1436,7 @@ def _fault_of_tensors(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) ->
             return f"a tensor {name}", "none"
         if tensors[name].dtype != dtype or tensors[name].ndim != 1:
             return f"{name} as a row of {dtype}", _shape(tensors[name])
-    num_users, num_items = (len(_bytes_to_ids(tensors[name])) for name in ("user_ids", "item_ids"))
+    num_users, num_items = (len(bytes_to_ids(tensors[name])) for name in ("user_ids", "item_ids"))
     num_warm = meta.get("num_warm")
     if not isinstance(num_warm, int) or not 0 < num_warm < num_items:
         return f"between 1 and {num_items - 1} warm items", f"{num_warm!r}"
@@ -1506,16 +1505,3 @@ def _relative(file: Path, folder: Path) -> str:
         return Path(os.path.relpath(file, folder)).as_posix()
     except ValueError:
         return file.absolute().as_posix()
-
-
-def _ids_to_bytes(ids: tuple[str, ...]) -> Tensor:
-    """The ids as UTF-8 with a line end behind each, [bytes] uint8: JSON would make a header of millions of names."""
-    text = "".join(f"{name}\n" for name in ids)
-    if text.count("\n") != len(ids):
-        raise DataError("an id contains a line end; ids are tokens of one line: rename it")
-    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-
-
-def _bytes_to_ids(data: Tensor) -> tuple[str, ...]:
-    text = ctypes.string_at(data.data_ptr(), data.numel()).decode()
-    return tuple(text.split("\n")[:-1])

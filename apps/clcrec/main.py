@@ -5,7 +5,6 @@ torch is imported inside the verbs, so that `--help` answers at once.
 
 import json
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from rich.table import Table
 
 from apps.clcrec.config import ALIASES, Config, TrainConfig
 from shared import cli
-from shared.config import BOOL_WORDS, ConfigError, Resolved, dump_yaml, resolve
+from shared.config import BOOL_WORDS, ConfigError, Resolved, dump_yaml
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,7 +119,7 @@ def train(
         console.print(line, markup=False)
 
     if resume is not None:
-        resolved = configuration_of(resume, resolved)
+        resolved = cli.configuration_of(resume, resolved, aliases=ALIASES)
     data, is_demo = load_data(resolved.config, runs_dir)
     c = training.build(resolved.config, data)  # before there is a folder: what cannot be built leaves none
     run_dir = resume or cli.new_run_dir(runs_dir, APP, ("demo-" if is_demo else "") + name, now=datetime.now())
@@ -180,7 +179,7 @@ def train(
             outcome,
             notes=notes_on(resolved.config, is_demo=is_demo),
             command=shown_command(),
-            git=git_revision(),
+            git=cli.git_revision(),
         )
         build_report(run_dir)
         log.info(f"run folder: {run_dir}; look at it: open {run_dir / 'report.html'} in a browser")
@@ -222,23 +221,6 @@ def say_what_has_no_effect(config: Config, log: "RunLog") -> None:
 def notes_on(config: Config, *, is_demo: bool) -> list[str]:
     """What has to stand beside every number of a model trained like this."""
     return [DEMO_NOTE] * is_demo + [LEAK_NOTE] * (config.training.neg_exclude == "all")
-
-
-def configuration_of(run_dir: Path, given: Resolved[Config]) -> Resolved[Config]:
-    """The configuration a run was started with, overridden by the flags given now."""
-    path = run_dir / "config.yaml"
-    if not path.is_file() or not path.stat().st_size:
-        raise ConfigError(
-            f"{run_dir} is no run folder: it has no config.yaml, or an empty one; give the folder that `train` printed"
-        )
-    if any(source != "default" and not source.startswith("flag --") for source in given.sources.values()):
-        raise ConfigError(f"--config and a run folder exclude each other: {path} holds the run's configuration")
-    flags = {
-        key.split(".")[1]: getattr(getattr(given.config, key.split(".")[0]), key.split(".")[1])
-        for key, source in given.sources.items()
-        if source.startswith("flag ")
-    }
-    return resolve(Config, yaml_path=path, yaml_label=str(path), flags=flags, aliases=ALIASES)
 
 
 def load_data(config: Config, runs_dir: Path) -> tuple["ColdStart", bool]:
@@ -532,10 +514,10 @@ def load_model(
     from shared.device import pick_device
 
     if run is not None:
-        resolved = configuration_of(run, resolved)
+        resolved = cli.configuration_of(run, resolved, aliases=ALIASES)
     if run is None and weights is None:
         raise ConfigError("which model? give a run folder, or --weights FILE with the flags it was trained with")
-    path = weights or checkpoint_of(run or Path())
+    path = weights or cli.checkpoint_of(run or Path(), prog=PROG)
     config = resolved.config
     state, meta = load_weights(path)
     data, is_demo = load_data(config, runs_dir)
@@ -544,7 +526,7 @@ def load_model(
     model = make_model(config, data)
     if "num_warm" in meta and "item" in state:  # an export, whose item matrix ends with the vectors of the cold ones
         state["item"] = state["item"][: data.num_warm]
-    check_shapes(model.state_dict(), state, path)
+    cli.check_shapes(model.state_dict(), state, path)
     model.load_state_dict(state)
     return config, data, model.to(pick_device(config.training.device)).eval(), path, is_demo
 
@@ -558,20 +540,6 @@ def as_trained(meta: Mapping[str, Any], resolved: Resolved[Config]) -> Config:
         if name in stored and resolved.sources[f"training.{name}"] == "default"
     }
     return replace(resolved.config, training=replace(resolved.config.training, **kept))
-
-
-def checkpoint_of(run_dir: Path) -> Path:
-    """The run's best checkpoint, or its newest where it ended before the first validation, as its result did."""
-    from shared.checkpoint import newest_checkpoint
-
-    best = run_dir / "checkpoints" / "best.safetensors"
-    if best.is_file():
-        return best
-    found = newest_checkpoint(best.parent, warn=typer.echo)
-    if found is None:
-        again = f"{PROG} train --resume {shlex.quote(str(run_dir))}"
-        raise ConfigError(f"{run_dir} holds no checkpoint yet; go on with: {again}")
-    return found[0]
 
 
 def check_origin(meta: Mapping[str, Any], config: Config, data: "ColdStart", path: Path) -> None:
@@ -591,22 +559,6 @@ def check_origin(meta: Mapping[str, Any], config: Config, data: "ColdStart", pat
     check_identity(
         part(origin["app"], origin["config"], meta["items"]), part(APP, as_dict(config), data.item_digest), path=path
     )
-
-
-def check_shapes(expected: Mapping[str, Any], found: Mapping[str, Any], path: Path) -> None:
-    """Refuse weights that do not fit the model that the flags and the data describe, naming each difference."""
-    lines = [f"{name} is missing" for name in expected if name not in found]
-    lines += [f"{name} is not part of this model" for name in found if name not in expected]
-    lines += [
-        f"{name} is {list(found[name].shape)}, expected {list(value.shape)}"
-        for name, value in expected.items()
-        if name in found and found[name].shape != value.shape
-    ]
-    if lines:
-        raise ConfigError(
-            f"{path} does not fit the model: {'; '.join(lines[:8])}{'; ...' if len(lines) > 8 else ''}. "
-            "Give the run folder, or the same model flags and data that it was trained with."
-        )
 
 
 def print_table(console: Console, result: Mapping[str, Any]) -> None:
@@ -633,19 +585,3 @@ def print_table(console: Console, result: Mapping[str, Any]) -> None:
 def shown_command() -> str:
     """The command line of this process, as it would be typed."""
     return shlex.join([*PROG.split(), *sys.argv[1:]])
-
-
-def git_revision() -> str | None:
-    """The revision of the code and whether it was changed; None outside a git checkout."""
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip()

@@ -16,7 +16,6 @@ named after the source's fingerprint: what a killed conversion has finished, the
 the order of the source, so the packs do not depend on the number of processes or of kills.
 """
 
-import ctypes
 import hashlib
 import json
 import math
@@ -42,7 +41,16 @@ from apps.seqrec import contest_lines
 from apps.seqrec.contest_lines import ITEM_FIELDS, USER_ARRAYS, USER_FIELDS, BadLine, Report, Schema
 from apps.seqrec.dataset import Sequences
 from apps.seqrec.formats import DataError, Fault
-from shared.files import DamagedFileError, fingerprint, read_pack, remove_stale_temporaries, replace, write_pack
+from shared.files import (
+    DamagedFileError,
+    bytes_to_ids,
+    fingerprint,
+    ids_to_bytes,
+    read_pack,
+    remove_stale_temporaries,
+    replace,
+    write_pack,
+)
 from shared.pickles import UnsafePickleError, load_npy, load_pickle
 from shared.ranking import Lists
 
@@ -234,7 +242,7 @@ def _write_items(path: Path, table: Path, indexer: Indexer, common: Mapping[str,
     fields = indexer.schema.fields(ITEM_FIELDS)
     rows = _mapped(table, torch.int32, (indexer.schema.num_items + 1, len(fields)))
     meta = {**common, "kind": _KIND["items"], "fields": fields}
-    write_pack(path, {"feature": rows, "item_ids": _ids_to_bytes(indexer.item_ids)}, meta)
+    write_pack(path, {"feature": rows, "item_ids": ids_to_bytes(indexer.item_ids)}, meta)
 
 
 def _check_output(output: Path) -> None:
@@ -787,16 +795,6 @@ def _ptr_of(length: Tensor) -> Tensor:
     return ptr
 
 
-def _ids_to_bytes(ids: Sequence[str]) -> Tensor:
-    """The ids as UTF-8 with a line end behind each, [bytes] uint8; `is_name` has seen them."""
-    data = bytearray("".join(f"{name}\n" for name in ids).encode())
-    return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-
-
-def _bytes_to_ids(data: Tensor) -> tuple[str, ...]:
-    return tuple(ctypes.string_at(data.data_ptr(), data.numel()).decode().split("\n")[:-1])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
@@ -814,7 +812,7 @@ def read_contest(path: Path) -> Contest:
         embeddings[family] = Embedding(tensors["value"], tensors["present"])
         _refuse_stale(path, emb_meta["sources"])
     _refuse_stale(path, meta["sources"])
-    user_ids, item_ids = _bytes_to_ids(seq["user_ids"]), _bytes_to_ids(items["item_ids"])
+    user_ids, item_ids = bytes_to_ids(seq["user_ids"]), bytes_to_ids(items["item_ids"])
     _check_tensors(path, seq, items, embeddings, meta, items_meta, len(user_ids), len(item_ids))
     ptr, item, time = seq["ptr"], seq["item"], seq["time"]
     is_known = item > 0

@@ -12,7 +12,6 @@ for all tokens at once, and a rule is a mask over lines, so that locating a faul
 raises the first error that `check_source` lists: both walk through the same rules.
 """
 
-import ctypes
 import math
 import os
 import shlex
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from apps.seqrec.dataset import MIN_EVENTS, Sequences
-from shared.files import DamagedFileError, fingerprint, read_pack, write_pack
+from shared.files import DamagedFileError, bytes_to_ids, fingerprint, ids_to_bytes, read_pack, write_pack
 
 FORMATS = ("auto", "pairs", "lines", "inter", "pack")
 
@@ -129,8 +128,8 @@ def write_sequences(path: Path, sequences: Sequences, *, source: Path) -> None:
     tensors = {
         "ptr": sequences.ptr,
         "item": sequences.item,
-        "item_ids": _ids_to_bytes(sequences.item_ids),
-        "user_ids": _ids_to_bytes(sequences.user_ids),
+        "item_ids": ids_to_bytes(sequences.item_ids),
+        "user_ids": ids_to_bytes(sequences.user_ids),
     }
     if sequences.time is not None:
         tensors["time"] = sequences.time
@@ -838,8 +837,8 @@ def _load_pack(file: Path, findings: _Findings) -> Sequences | None:
         ptr=tensors["ptr"],
         item=tensors["item"],
         time=tensors.get("time"),
-        item_ids=_bytes_to_ids(tensors["item_ids"]),
-        user_ids=_bytes_to_ids(tensors["user_ids"]),
+        item_ids=bytes_to_ids(tensors["item_ids"]),
+        user_ids=bytes_to_ids(tensors["user_ids"]),
         fingerprint=meta["fingerprint"],
         name=meta["name"],
     )
@@ -861,7 +860,7 @@ def _fault_of_tensors(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
         elif tensors[name].dtype != dtype or tensors[name].ndim != 1:
             return f"{name} as a row of {dtype}", f"{list(tensors[name].shape)} of {tensors[name].dtype}"
     ptr, item, time = tensors["ptr"], tensors["item"], tensors.get("time")
-    num_users, num_items = len(_bytes_to_ids(tensors["user_ids"])), len(_bytes_to_ids(tensors["item_ids"]))
+    num_users, num_items = len(bytes_to_ids(tensors["user_ids"])), len(bytes_to_ids(tensors["item_ids"]))
     if ptr.numel() != num_users + 1:
         return f"ptr of {num_users + 1} numbers, one more than users", f"{ptr.numel()}"
     if int(ptr[0]) != 0 or int(ptr[-1]) != item.numel():
@@ -926,16 +925,3 @@ def _relative(file: Path, folder: Path) -> str:
         return Path(os.path.relpath(file, folder)).as_posix()
     except ValueError:
         return file.absolute().as_posix()
-
-
-def _ids_to_bytes(ids: tuple[str, ...]) -> Tensor:
-    """The ids as UTF-8 with a line end behind each, [bytes] uint8: JSON would make a header of millions of names."""
-    text = "".join(f"{name}\n" for name in ids)
-    if text.count("\n") != len(ids):
-        raise DataError("an id contains a line end; ids are tokens of one line: rename it")
-    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-
-
-def _bytes_to_ids(data: Tensor) -> tuple[str, ...]:
-    text = ctypes.string_at(data.data_ptr(), data.numel()).decode()
-    return tuple(text.split("\n")[:-1])

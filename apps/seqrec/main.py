@@ -6,7 +6,6 @@ torch is imported inside the verbs, so that `--help` answers at once.
 import json
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -19,7 +18,7 @@ from rich.table import Table
 
 from apps.seqrec.config import ALIASES, Config
 from shared import cli
-from shared.config import ConfigError, Resolved, dump_yaml, resolve
+from shared.config import ConfigError, Resolved, dump_yaml
 
 if TYPE_CHECKING:
     from apps.seqrec.dataset import Sequences
@@ -112,7 +111,7 @@ def train(
     from shared import distributed
 
     if resume is not None:
-        resolved = configuration_of(resume, resolved)
+        resolved = cli.configuration_of(resume, resolved, aliases=ALIASES)
     try:
         group = distributed.join(resolved.config.training.device)
         run_training(resolved, group, name=name, runs_dir=runs_dir, resume=resume)
@@ -211,7 +210,7 @@ def run_training(
             return
         notes = ([DEMO_NOTE] if is_demo else []) + ([f"trained by {world} processes"] if world > 1 else [])
         result = training.write_result(
-            c, run_dir, outcome, notes=notes, command=shown_command(world), git=git_revision()
+            c, run_dir, outcome, notes=notes, command=shown_command(world), git=cli.git_revision()
         )
         build_report(run_dir)
         log.info(f"run folder: {run_dir}; look at it: open {run_dir / 'report.html'} in a browser")
@@ -246,23 +245,6 @@ def describe_run(c: "Components", run_dir: Path) -> str:
         f"{weights:,} weights; {c.steps_per_epoch} steps per epoch on {c.device}{processes}, "
         f"{c.amp.precision} ({c.precision_reason}), {'packed' if c.packed else 'padded'} rows; run folder {run_dir}"
     )
-
-
-def configuration_of(run_dir: Path, given: Resolved[Config]) -> Resolved[Config]:
-    """The configuration a run was started with, overridden by the flags given now."""
-    path = run_dir / "config.yaml"
-    if not path.is_file() or not path.stat().st_size:
-        raise ConfigError(
-            f"{run_dir} is no run folder: it has no config.yaml, or an empty one; give the folder that `train` printed"
-        )
-    if any(source != "default" and not source.startswith("flag --") for source in given.sources.values()):
-        raise ConfigError(f"--config and a run folder exclude each other: {path} holds the run's configuration")
-    flags = {
-        key.split(".")[1]: getattr(getattr(given.config, key.split(".")[0]), key.split(".")[1])
-        for key, source in given.sources.items()
-        if source.startswith("flag ")
-    }
-    return resolve(Config, yaml_path=path, yaml_label=str(path), flags=flags, aliases=ALIASES)
 
 
 def load_data(config: Config, runs_dir: Path) -> tuple["Sequences", bool]:
@@ -479,10 +461,10 @@ def load_model(
     from shared.device import pick_device
 
     if run is not None:
-        resolved = configuration_of(run, resolved)
+        resolved = cli.configuration_of(run, resolved, aliases=ALIASES)
     if run is None and weights is None:
         raise ConfigError("which model? give a run folder, or --weights FILE with the flags it was trained with")
-    path = weights or checkpoint_of(run or Path())
+    path = weights or cli.checkpoint_of(run or Path(), prog=PROG)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ:
         raise ConfigError(f"only `train` shares its work among processes; start this without torchrun, as {PROG} ...")
     config = resolved.config
@@ -490,23 +472,9 @@ def load_model(
     sequences, is_demo = load_data(config, runs_dir)
     check_origin(meta, config, sequences, path)
     model = SeqRec(config.model, num_items=sequences.num_items, max_len=config.data.max_len)
-    check_shapes(model.state_dict(), state, path)
+    cli.check_shapes(model.state_dict(), state, path)
     model.load_state_dict(state)
     return config, sequences, model.to(pick_device(config.training.device)).eval(), path, is_demo
-
-
-def checkpoint_of(run_dir: Path) -> Path:
-    """The run's best checkpoint, or its newest where it ended before the first validation, as its result did."""
-    from shared.checkpoint import newest_checkpoint
-
-    best = run_dir / "checkpoints" / "best.safetensors"
-    if best.is_file():
-        return best
-    found = newest_checkpoint(best.parent, warn=typer.echo)
-    if found is None:
-        again = f"{PROG} train --resume {shlex.quote(str(run_dir))}"
-        raise ConfigError(f"{run_dir} holds no checkpoint yet; go on with: {again}")
-    return found[0]
 
 
 def check_origin(meta: Mapping[str, Any], config: Config, sequences: "Sequences", path: Path) -> None:
@@ -527,22 +495,6 @@ def check_origin(meta: Mapping[str, Any], config: Config, sequences: "Sequences"
         path=path,
         ignore={"model.dropout", "model.grad_checkpoint"},
     )
-
-
-def check_shapes(expected: Mapping[str, Any], found: Mapping[str, Any], path: Path) -> None:
-    """Refuse weights that do not fit the model that the flags and the data describe, naming each difference."""
-    lines = [f"{name} is missing" for name in expected if name not in found]
-    lines += [f"{name} is not part of this model" for name in found if name not in expected]
-    lines += [
-        f"{name} is {list(found[name].shape)}, expected {list(value.shape)}"
-        for name, value in expected.items()
-        if name in found and found[name].shape != value.shape
-    ]
-    if lines:
-        raise ConfigError(
-            f"{path} does not fit the model: {'; '.join(lines[:8])}{'; ...' if len(lines) > 8 else ''}. "
-            "Give the run folder, or the same model flags and data that it was trained with."
-        )
 
 
 def print_table(console: Console, result: Mapping[str, Any]) -> None:
@@ -568,19 +520,3 @@ def print_table(console: Console, result: Mapping[str, Any]) -> None:
 def shown_command(world: int) -> str:
     """The command line of this run, as it would be typed."""
     return shlex.join([*launcher(world).split(), *without_local_rank(sys.argv[1:])])
-
-
-def git_revision() -> str | None:
-    """The revision of the code and whether it was changed; None outside a git checkout."""
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip()

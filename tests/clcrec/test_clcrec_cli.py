@@ -26,7 +26,7 @@ from apps.clcrec.config import ALIASES, Config
 from apps.clcrec.dataset import ColdStart
 from apps.clcrec.demo import demo_data, write_demo
 from apps.clcrec.formats import read_data
-from shared import progress
+from shared import cli, progress
 from shared.checkpoint import load_checkpoint, load_weights
 from shared.config import Resolved, knobs, resolve
 from shared.log import read_metrics
@@ -345,7 +345,7 @@ def test_outside_a_checkout_the_revision_is_null(monkeypatch):
         raise FileNotFoundError("git")
 
     monkeypatch.setattr(subprocess, "run", absent)
-    assert main.git_revision() is None
+    assert cli.git_revision() is None
 
 
 # The original scripts' spellings

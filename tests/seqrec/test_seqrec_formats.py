@@ -355,7 +355,7 @@ def test_a_pack_cannot_take_the_place_of_its_source_or_be_made_from_a_pack(tmp_p
     with pytest.raises(DataError, match="existing file"):
         write_sequences(pack, sequences, source=tmp_path / "absent.txt")
     broken = dataclasses.replace(sequences, item_ids=("two\nlines", *sequences.item_ids[1:]))
-    with pytest.raises(DataError, match="contains a line end"):
+    with pytest.raises(ValueError, match="contains a line end"):
         write_sequences(pack, broken, source=source)
     assert slow_read(source, "pairs")
 
