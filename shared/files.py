@@ -345,6 +345,26 @@ def _damaged(path: StrPath, what: str) -> DamagedFileError:
     return DamagedFileError(f"{path}: damaged: {what}; restore it from a copy or write it again")
 
 
+def relative_path(file: Path, folder: Path) -> str:
+    """How to get from the folder to the file, so that both can be moved together; absolute between Windows drives."""
+    try:
+        return Path(os.path.relpath(file, folder)).as_posix()
+    except ValueError:
+        return file.absolute().as_posix()
+
+
+def changed_fingerprint(path: Path, recorded: Mapping[str, Any]) -> str | None:
+    """The fingerprint of a source that is not what a pack recorded of it (size, mtime_ns, fingerprint), else None.
+
+    Size and time of modification answer at once where nothing was touched; only else is the content read.
+    """
+    stat = path.stat()
+    if (stat.st_size, stat.st_mtime_ns) == (recorded["size"], recorded["mtime_ns"]):
+        return None
+    current = fingerprint([path])
+    return None if current == recorded["fingerprint"] else current
+
+
 def ids_to_bytes(ids: Sequence[str]) -> Tensor:
     """The ids as UTF-8 with a line end behind each, [bytes] uint8: JSON would make a header of millions of names."""
     text = "".join(f"{name}\n" for name in ids)

@@ -187,6 +187,11 @@ def metric_sums(rank_E: Tensor, ptr: Tensor, *, ks: Sequence[int]) -> dict[str, 
     return {"users": ptr.diff().count_nonzero().cpu().double()} | {name: value.sum() for name, value in values.items()}
 
 
+def added(total: dict[str, Tensor], part: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The metric sums of both; an empty total is zero."""
+    return {name: total[name] + value if total else value for name, value in part.items()}
+
+
 def finish(sums: dict[str, Tensor]) -> dict[str, float]:
     """The means, and "users", from (added up) metric_sums; one host copy."""
     total = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))

@@ -17,7 +17,7 @@ from apps.clcrec.config import Config, TrainConfig
 from apps.clcrec.dataset import GROUPS, ColdStart, Group, Stage, group_part, lists_of
 from apps.clcrec.model import CLCRec
 from shared.device import to_device
-from shared.ranking import Lists, finish, metric_sums, rank_relevant, take_rows, top_k
+from shared.ranking import Lists, added, finish, metric_sums, rank_relevant, take_rows, top_k
 
 USERS_PER_CHUNK = 4096
 LEGACY_MASK = 1e-15  # the original's score of items that are left out: above every negative score
@@ -156,11 +156,6 @@ def side_by_side(parts: Sequence[Lists]) -> tuple[Lists, Tensor]:
         place = torch.repeat_interleave(begin[:, i] - part.ptr[:-1], length[:, i]) + torch.arange(part.item.numel())
         item[place], part_E[place] = part.item, i
     return Lists(ptr, item), part_E
-
-
-def added(total: dict[str, Tensor], part: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The metric sums of both; an empty total is zero."""
-    return {name: total[name] + value if total else value for name, value in part.items()}
 
 
 @torch.no_grad()

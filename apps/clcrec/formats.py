@@ -17,7 +17,6 @@ import io
 import itertools
 import json
 import math
-import os
 import pickle
 import shlex
 import struct
@@ -33,7 +32,16 @@ import torch
 from torch import Tensor
 
 from apps.clcrec.dataset import MODALITIES, ColdStart, Group, Words, group_part, lists_of
-from shared.files import DamagedFileError, bytes_to_ids, fingerprint, ids_to_bytes, read_pack, write_pack
+from shared.files import (
+    DamagedFileError,
+    bytes_to_ids,
+    changed_fingerprint,
+    fingerprint,
+    ids_to_bytes,
+    read_pack,
+    relative_path,
+    write_pack,
+)
 from shared.pickles import UnsafePickleError, load_npy
 from shared.ranking import Lists
 from shared.seed import make_generator
@@ -1376,7 +1384,7 @@ def _write_pack(file: Path, data: ColdStart, sources: Sequence[_Source], split: 
         "num_warm": data.num_warm,
         "num_words": 0 if data.words is None else data.words.num_words,
         "split": None if split is None else split._asdict(),
-        "sources": [{**source._asdict(), "file": _relative(source.file, file.parent)} for source in sources],
+        "sources": [{**source._asdict(), "file": relative_path(source.file, file.parent)} for source in sources],
     }
     write_pack(file, tensors, meta)
 
@@ -1466,16 +1474,13 @@ def _fault_of_tensors(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) ->
 
 
 def _fault_of_sources(file: Path, meta: Mapping[str, Any]) -> tuple[str, str, str] | None:
-    """Expected, found and repair where the files that a pack was made from are still there and have changed since.
-
-    Size and time of modification answer at once where nothing was touched; only else is the content read.
-    """
+    """Expected, found and repair where the files that a pack was made from are still there and have changed since."""
     recorded = {file.parent / source["file"]: source for source in meta["sources"]}
     present = {path: source for path, source in recorded.items() if path.is_file()}
     if not present:
         return None
     folder = next(iter(present)).parent
-    changed = [f"{path.name} has changed" for path, source in present.items() if _has_changed(path, source)]
+    changed = [f"{path.name} has changed" for path, source in present.items() if changed_fingerprint(path, source)]
     if meta["split"] is None:
         known = {path.name for path in recorded}
         changed += [f"{path.name} is new" for path in _files_of(folder) if path.name not in known]
@@ -1488,20 +1493,5 @@ def _fault_of_sources(file: Path, meta: Mapping[str, Any]) -> tuple[str, str, st
     return f"a pack of {folder} as it is now", f"a stale pack: {', '.join(changed)} since", f"write it again: {command}"
 
 
-def _has_changed(path: Path, source: Mapping[str, Any]) -> bool:
-    stat = path.stat()
-    if (stat.st_size, stat.st_mtime_ns) == (source["size"], source["mtime_ns"]):
-        return False
-    return fingerprint([path]) != source["fingerprint"]
-
-
 def _without_path(error: ValueError, file: Path) -> str:
     return str(error).removeprefix(f"{file}: ")
-
-
-def _relative(file: Path, folder: Path) -> str:
-    """How to get from the folder to the file, so that both can be moved together; absolute between Windows drives."""
-    try:
-        return Path(os.path.relpath(file, folder)).as_posix()
-    except ValueError:
-        return file.absolute().as_posix()

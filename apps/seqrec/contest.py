@@ -44,9 +44,11 @@ from apps.seqrec.formats import DataError, Fault
 from shared.files import (
     DamagedFileError,
     bytes_to_ids,
+    changed_fingerprint,
     fingerprint,
     ids_to_bytes,
     read_pack,
+    relative_path,
     remove_stale_temporaries,
     replace,
     write_pack,
@@ -282,10 +284,7 @@ class _Origin(NamedTuple):
 
     def record(self, folder: Path) -> dict[str, Any]:
         """What a pack remembers; the path leads from the pack's folder to the file, so that both can be moved."""
-        try:
-            path = Path(os.path.relpath(self.path, folder)).as_posix()
-        except ValueError:  # other drives on Windows
-            path = self.path.absolute().as_posix()
+        path = relative_path(self.path, folder)
         return {"path": path, "size": self.size, "mtime_ns": self.mtime_ns, "fingerprint": self.fingerprint}
 
 
@@ -864,19 +863,10 @@ def _read_pack(
 
 
 def _refuse_stale(folder: Path, sources: Sequence[Mapping[str, Any]]) -> None:
-    """Raise where a file that a pack was made from is still there and has changed since.
-
-    Size and time of modification answer at once where nothing was touched; only else is the content read, of files
-    above 256 MiB evenly spaced pieces.
-    """
+    """Raise where a file that a pack was made from is still there and has changed since."""
     for source in sources:
         file = folder / source["path"]
-        if not file.is_file():
-            continue
-        stat = file.stat()
-        if (stat.st_size, stat.st_mtime_ns) == (source["size"], source["mtime_ns"]):
-            continue
-        if fingerprint([file]) != source["fingerprint"]:
+        if file.is_file() and changed_fingerprint(file, source) is not None:
             raise DataError(f"{folder}: a stale pack, {file} has changed since; {_again(folder)}")
 
 

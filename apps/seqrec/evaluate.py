@@ -32,7 +32,7 @@ from apps.seqrec.dataset import (
 from apps.seqrec.model import SeqRec
 from shared.device import to_device
 from shared.distributed import Group, place
-from shared.ranking import Lists, finish, metric_sums, rank_relevant, sampled_candidates_rank, top_k
+from shared.ranking import Lists, added, finish, metric_sums, rank_relevant, sampled_candidates_rank, top_k
 from shared.seed import make_generator
 
 USERS_PER_CHUNK = 512
@@ -178,11 +178,6 @@ def evaluation_sums(
             done += size
             on_users(done)
     return sums
-
-
-def added(total: dict[str, Tensor], part: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The metric sums of both; an empty total is zero."""
-    return {name: total[name] + value if total else value for name, value in part.items()}
 
 
 def sampled_negatives(sequences: Sequences, stage: Stage, spans: Spans, *, seed: int) -> Tensor:

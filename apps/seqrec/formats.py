@@ -13,7 +13,6 @@ raises the first error that `check_source` lists: both walk through the same rul
 """
 
 import math
-import os
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,7 +23,16 @@ import torch
 from torch import Tensor
 
 from apps.seqrec.dataset import MIN_EVENTS, Sequences
-from shared.files import DamagedFileError, bytes_to_ids, fingerprint, ids_to_bytes, read_pack, write_pack
+from shared.files import (
+    DamagedFileError,
+    bytes_to_ids,
+    changed_fingerprint,
+    fingerprint,
+    ids_to_bytes,
+    read_pack,
+    relative_path,
+    write_pack,
+)
 
 FORMATS = ("auto", "pairs", "lines", "inter", "pack")
 
@@ -138,7 +146,7 @@ def write_sequences(path: Path, sequences: Sequences, *, source: Path) -> None:
         "layout": _PACK_LAYOUT,
         "name": sequences.name,
         "fingerprint": sequences.fingerprint,
-        "source": {"path": _relative(file, path.parent), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns},
+        "source": {"path": relative_path(file, path.parent), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns},
     }
     write_pack(path, tensors, meta)
 
@@ -887,18 +895,12 @@ def _fault_of_tensors(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
 
 
 def _fault_of_source(file: Path, meta: Mapping[str, Any]) -> tuple[str, str, str] | None:
-    """Expected, found and repair where the file that a pack was made from is still there and has changed since.
-
-    Size and time of modification answer at once where nothing was touched; only else is the content read.
-    """
+    """Expected, found and repair where the file that a pack was made from is still there and has changed since."""
     source = file.parent / meta["source"]["path"]
     if not source.is_file():
         return None
-    stat = source.stat()
-    if (stat.st_size, stat.st_mtime_ns) == (meta["source"]["size"], meta["source"]["mtime_ns"]):
-        return None
-    current = fingerprint([source])
-    if current == meta["fingerprint"]:
+    current = changed_fingerprint(source, {**meta["source"], "fingerprint": meta["fingerprint"]})
+    if current is None:
         return None
     return (
         f"a pack of {source} as it is now, fingerprint {current}",
@@ -917,11 +919,3 @@ def _source_file(path: Path) -> Path:
     if file is None:
         raise DataError(str(findings.errors[0]))
     return file
-
-
-def _relative(file: Path, folder: Path) -> str:
-    """How to get from the folder to the file, so that both can be moved together; absolute between Windows drives."""
-    try:
-        return Path(os.path.relpath(file, folder)).as_posix()
-    except ValueError:
-        return file.absolute().as_posix()

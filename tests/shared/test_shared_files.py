@@ -385,3 +385,36 @@ def test_without_verify_a_flip_in_a_tensor_passes_and_one_in_its_record_does_not
     path.write_bytes(data.replace(b"kind", b"kinD"))
     with pytest.raises(DamagedFileError, match="description does not match"):
         read_pack(path, kind="k")
+
+
+def test_a_changed_source_is_told_by_its_content_and_an_untouched_one_is_not_read(tmp_path, monkeypatch):
+    path = tmp_path / "source"
+    path.write_bytes(b"one")
+    stat = path.stat()
+    recorded = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "fingerprint": files.fingerprint([path])}
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "fingerprint", lambda paths: pytest.fail("the content was read"))
+        assert files.changed_fingerprint(path, recorded) is None
+    os.utime(path, ns=(0, 0))
+    assert files.changed_fingerprint(path, recorded) is None  # touched, with the same content
+    path.write_bytes(b"two")
+    os.utime(path, ns=(0, 0))
+    assert files.changed_fingerprint(path, recorded) == files.fingerprint([path])
+
+
+def test_a_path_leads_from_the_folder_to_the_file(tmp_path, monkeypatch):
+    assert files.relative_path(tmp_path / "a" / "x", tmp_path / "b") == "../a/x"
+
+    def other_drive(*words: object) -> str:
+        raise ValueError("path is on mount 'D:', start on mount 'C:'")
+
+    monkeypatch.setattr(os.path, "relpath", other_drive)
+    assert files.relative_path(tmp_path / "x", tmp_path / "b") == (tmp_path / "x").as_posix()
+
+
+def test_ids_survive_as_bytes_and_a_line_end_in_one_is_refused():
+    names = ("7", "07", "\u00e9t\u00e9", "")
+    assert files.bytes_to_ids(files.ids_to_bytes(names)) == names
+    assert files.bytes_to_ids(files.ids_to_bytes(())) == ()
+    with pytest.raises(ValueError, match="contains a line end"):
+        files.ids_to_bytes(("a\nb",))
