@@ -54,7 +54,12 @@ TESTED = {
     "python -m torch.distributed.run --standalone --nproc-per-node 2 -m apps.seqrec train --data-path ml-1m.txt": QUICK,
     "python -m apps.seqrec check contest": "",
     "python -m apps.seqrec prepare contest contest-pack": "",
-    "python -m apps.seqrec train --data-path contest-pack --name contest": QUICK,
+    "python -m apps.seqrec train --config taac --data-path contest-pack --name contest": QUICK_TINY,
+    "python -m apps.seqrec predict runs/seqrec/RUN --k 10 --output top10.jsonl": "",
+    "python -m apps.seqrec train --config taac --data-path contest-pack": QUICK_TINY,
+    "python -m benchmarks.seqrec_ablation --folder contest-ablation": (
+        "--users 40 --items 60 --epochs 1 --seeds 1 --only HSTU"
+    ),
     "python -m apps.clcrec train": QUICK,
     (
         "python -m apps.clcrec train --model_name='CLCRec' --l_r=0.001 --reg_weight=0.1 --num_workers=4 --num_neg=128 "
@@ -79,6 +84,7 @@ TESTED = {
 # Command that is not run here, and why. Installing and running pytest need no entry.
 NOT_RUN = {
     "python tests/test_siblings.py": "it writes into the checkout",
+    "python -m benchmarks.contest_step --folder contest": "it needs NumPy, which the tests do without",
 }
 
 

@@ -12,6 +12,14 @@ class DataConfig:
         "auto", "How to read it; auto looks at the file.", choices=("auto", "pairs", "lines", "inter", "pack")
     )
     max_len: int = knob(50, "Most recent events of a history the model sees (events).", minimum=1)
+    split: str = knob(
+        "leave-one-out",
+        "What is held out: each user's last two events, whole users, or the latest events.",
+        choices=("leave-one-out", "user", "time"),
+    )
+    held_out_share: float = knob(
+        0.1, "Share of users or events that the splits user and time hold out.", above=0.0, maximum=0.9
+    )
     window: str = knob(
         "last",
         "Which part of a longer history trains: the last, a random one each epoch, or all in pieces.",
@@ -42,6 +50,17 @@ class ModelConfig:
         "learned",
         "Positions: learned (counted back from the last event), rope, or none.",
         choices=("learned", "rope", "none"),
+    )
+    features: bool = knob(True, "Use features and embeddings of items and users, where the data has them.")
+    embeddings: tuple[str, ...] = knob(("all",), "Families of item embeddings to use, or all.")
+    user_token: bool = knob(True, "Begin every sequence with a token of the user's profile, where the data has it.")
+    action_input: bool = knob(True, "Tell the model what was done at each event, where the data says it.")
+    time_input: bool = knob(False, "Tell the model pauses, time of day and of the week, where the data has times.")
+    next_action: bool = knob(
+        True, "Ask for the next item given what will be done with it (see --query-action), where the data says it."
+    )
+    query_time: bool = knob(
+        False, "Tell the model when the next item is asked for; in tests that is the target's own time, so it leaks."
     )
     score: str = knob("dot", "Score of an item: dot product, or cosine over temperature.", choices=("dot", "cosine"))
     temperature: float = knob(0.05, "Temperature of cosine scores.", minimum=1e-4)
@@ -92,6 +111,12 @@ class TrainConfig:
         "off",
         "Mode of torch.compile; no gain on a CPU.",
         choices=("off", "default", "reduce-overhead", "max-autotune"),
+    )
+    action_weights: tuple[float, ...] = knob(
+        (1.0, 1.0, 1.0), "Weight in the loss of targets that were shown, clicked and converted."
+    )
+    query_action: str = knob(
+        "click", "What predictions ask for under --next-action.", choices=("exposure", "click", "conversion")
     )
     select: str = knob("NDCG@10", "Validation metric that picks the best checkpoint and stops early.")
     ks: tuple[int, ...] = knob((1, 5, 10, 50), "Cut-offs of the ranking metrics.")

@@ -1,45 +1,60 @@
 """The contest's files, converted once into memory-mapped packs, and those packs as frozen tensors.
 
-Legend: U users, E events, D events with features of their own, I items, F sparse features, W width of an embedding.
+Legend: U users, E events, K events of known items, D events with features of their own, I items, C candidates,
+X cold items (among the candidates, not in the indexer), N events of cold items, F sparse features.
 
     SOURCE/seq.jsonl             one user per line: [user, item, user features, item features, action, time] records
     SOURCE/indexer.pkl           how many items and values there are, and what they were called
     SOURCE/item_feat_dict.json   every item's features
     SOURCE/creative_emb/         families of embeddings: emb_81_32/ with JSON lines, emb_81_32.pkl or 81.npy
+    SOURCE/predict_seq.jsonl     the test users, in the form of seq.jsonl; may be absent
+    SOURCE/predict_set.jsonl     the candidates, cold items among them; may be absent
 
-    OUTPUT/seq.safetensors       events in CSR form, users' features
-    OUTPUT/items.safetensors     items' features as an integer table
-    OUTPUT/emb_81.safetensors    a family in half precision, with a presence bit
+    OUTPUT/seq.safetensors          events in CSR form, users' features
+    OUTPUT/items.safetensors        items' features as an integer table
+    OUTPUT/emb_81.safetensors       a family in half precision, with a presence bit
+    OUTPUT/predict_seq.safetensors  the test users' events and features
+    OUTPUT/candidates.safetensors   ids and features of the candidates
 
 Blocks of lines are encoded by processes (contest_lines.py) into parts in a hidden folder beside the output, which is
 named after the source's fingerprint: what a killed conversion has finished, the next one finds. The parts are joined in
-the order of the source, so the packs do not depend on the number of processes or of kills.
+the order of the source (contest_join.py), so the packs do not depend on the number of processes or of kills.
 """
 
 import hashlib
 import json
-import math
-import os
 import re
 import shlex
 import shutil
-from array import array
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from apps.seqrec import contest_lines
-from apps.seqrec.contest_lines import ITEM_FIELDS, USER_ARRAYS, USER_FIELDS, BadLine, Report, Schema
-from apps.seqrec.dataset import Sequences
+from apps.seqrec.contest_embeddings import Family, JoinedVectors, choose_families
+from apps.seqrec.contest_join import (
+    FaultError,
+    Joined,
+    JoinedCandidates,
+    JoinedEvents,
+    Rows,
+    Say,
+    Task,
+    blocks,
+    encode_blocks,
+    fault_of,
+    mapped,
+    tell_counts,
+    worker_count,
+)
+from apps.seqrec.contest_lines import ITEM_FIELDS, USER_ARRAYS, USER_FIELDS, BadLine, Schema
+from apps.seqrec.dataset import Embedding, Sequences
 from apps.seqrec.formats import DataError, Fault
 from shared.files import (
     DamagedFileError,
@@ -53,74 +68,88 @@ from shared.files import (
     replace,
     write_pack,
 )
-from shared.pickles import UnsafePickleError, load_npy, load_pickle
+from shared.pickles import UnsafePickleError, load_pickle
 from shared.ranking import Lists
 
-EVENTS_FILE, INDEXER_FILE, ITEMS_FILE, EMBEDDINGS_FOLDER = (
-    "seq.jsonl",
-    "indexer.pkl",
-    "item_feat_dict.json",
-    "creative_emb",
-)
-SMALL_WIDTH = 1024  # families up to this width are converted unless others are asked for
+EVENTS_FILE, INDEXER_FILE, ITEMS_FILE = "seq.jsonl", "indexer.pkl", "item_feat_dict.json"
+PREDICT_FILE, CANDIDATES_FILE = "predict_seq.jsonl", "predict_set.jsonl"
+REQUIRED_FILES = (EVENTS_FILE, INDEXER_FILE, ITEMS_FILE)
 
 _PREPARE = "python -m apps.seqrec prepare"
-_KIND = {"seq": "seqrec contest events", "items": "seqrec contest items", "emb": "seqrec contest embeddings"}
-_LAYOUT = 1  # changes whenever a pack's tensors or a part's arrays change their meaning
+_KIND = {
+    "seq": "seqrec contest events",
+    "items": "seqrec contest items",
+    "emb": "seqrec contest embeddings",
+    "predict_seq": "seqrec contest test users",
+    "candidates": "seqrec contest candidates",
+}
+_USERS = {"seq": EVENTS_FILE, "predict_seq": PREDICT_FILE}  # packs of events and what they are made from
+_PACK_NAME = re.compile(r"(seq|items|predict_seq|candidates|emb_\d+)\.safetensors")
+_LAYOUT = 2  # changes whenever a pack's tensors or a part's arrays change their meaning
 _BLOCK_BYTES = 8 << 20
-_ROWS = 4096  # of embeddings that are converted at a time
-_DTYPES = {"b": torch.int8, "i": torch.int32, "q": torch.int64, "B": torch.uint8}
-_FAMILY = re.compile(r"(?:emb_)?(\d+)(?:_(\d+))?(\.pkl|\.npy)?")
-_WIDTHS = {"81": 32, "82": 1024, "83": 3584, "84": 4096, "85": 3584, "86": 3584}
-
-Say = Callable[[str], None]
-
-
-class FaultError(DataError):
-    """A DataError that keeps its fault."""
-
-    def __init__(self, fault: Fault) -> None:
-        super().__init__(str(fault))
-        self.fault = fault
-
-
-class Embedding(NamedTuple):
-    """A family of items' embeddings; row 0 is padding."""
-
-    value: Tensor  # [I + 1, W] float16, zeros where the item has none
-    present: Tensor  # [I + 1] bool
 
 
 @dataclass(frozen=True)
-class Contest:
-    """Events, users and items of the contest as memory-mapped tensors; nothing in it changes after construction.
+class Events:
+    """What the users of one file did, and their profiles, as memory-mapped tensors.
 
     Feature values are 1..vocab[field]; 0 stands for missing and for values that the indexer does not know. Item 0
     stands for an item that it does not know: such an event has its features in `own_feature`.
     """
 
     sequences: Sequences  # the events of known items; its tensors are those below where all items are known
+    known_event: Tensor | None  # [K] int64, rising: which events `sequences` holds; None: all of them
     ptr: Tensor  # [U + 1] int64, events of user u are ptr[u]:ptr[u + 1], in order of time
     item: Tensor  # [E] int32, 0..I
     action: Tensor  # [E] int8, 0 exposure, 1 click, 2 conversion
     time: Tensor  # [E] int64 seconds
     own_event: Tensor  # [D] int64, rising: events whose features differ from their item's row
     own_feature: Tensor  # [D, F] int32, what they are instead
+    cold_event: Tensor  # [N] int64, rising: events of unknown items that are among the candidates
+    cold_row: Tensor  # [N] int32, I + 1..I + X: the row of the embeddings that those items have
     user: Tensor  # [U] int32 re-id, 0 where the indexer does not know the user
-    user_feature: Tensor  # [U, F] int32, columns user_fields
+    user_feature: Tensor  # [U, F] int32, columns Contest.user_fields
     user_lists: dict[str, Lists]  # the array features: one list of values per user
     profile_time: Tensor  # [U] int64 seconds of the profile record, 0 without one: later than all events, so it leaks
-    item_feature: Tensor  # [I + 1, F] int32, columns item_fields; row 0 is padding
-    embeddings: dict[str, Embedding]  # by family, e.g. "81"
-    user_fields: tuple[str, ...]
-    item_fields: tuple[str, ...]
-    vocab: dict[str, int]  # the largest value of each feature, sparse and array
+
+    @property
+    def user_ids(self) -> tuple[str, ...]:
+        """The users' raw ids."""
+        return self.sequences.user_ids
 
     @property
     def history(self) -> Sequences:
         """Every event, those of unknown items as item 0 (padding) too: for prediction, and aligned with `action`."""
         known = self.sequences
         return Sequences(self.ptr, self.item, self.time, known.item_ids, known.user_ids, known.fingerprint, known.name)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The ads to rank, in the order of their file, as memory-mapped tensors."""
+
+    creative: Tensor  # [C] int64 raw id
+    retrieval: Tensor  # [C] int64, each once
+    item: Tensor  # [C] int32, 0..I; 0 for a cold one, which the indexer does not know
+    row: Tensor  # [C] int32, 1..I + X, of the embeddings: the item, or a row behind the items' for each cold raw id
+    feature: Tensor  # [C, F] int32, columns Contest.item_fields: its own, whatever the item's row says
+
+
+@dataclass(frozen=True)
+class Contest(Events):
+    """The training users' events, and beside them items, test users and candidates; nothing changes after construction.
+
+    The embeddings' rows behind the items' belong to the cold ones among the candidates, by first appearance.
+    """
+
+    item_feature: Tensor  # [I + 1, F] int32, columns item_fields; row 0 is padding
+    embeddings: dict[str, Embedding]  # by family, e.g. "81"; I + 1 + X rows
+    user_fields: tuple[str, ...]
+    item_fields: tuple[str, ...]
+    vocab: dict[str, int]  # the largest value of each feature, sparse and array
+    num_extra: int  # X
+    queries: Events | None  # the test users
+    candidates: Candidates | None
 
 
 class Indexer(NamedTuple):
@@ -141,10 +170,11 @@ def is_contest_pack(folder: Path) -> bool:
     return (folder / "seq.safetensors").is_file() and (folder / "items.safetensors").is_file()
 
 
-def contest_bytes(source: Path, *, families: Sequence[str] | None = None, events_file: str = EVENTS_FILE) -> int:
+def contest_bytes(source: Path, *, families: Sequence[str] | None = None) -> int:
     """How much `prepare_contest` will read line by line, the total of what it tells `on_bytes`."""
     chosen = choose_families(source, families, num_items=0, say=lambda line: None)
-    files = [source / events_file, *(file for family in chosen if family.form == "lines" for file in family.files)]
+    files = [source / name for name in (EVENTS_FILE, PREDICT_FILE, CANDIDATES_FILE)]
+    files += [file for family in chosen if family.form == "lines" for file in family.files]
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
@@ -160,7 +190,6 @@ def prepare_contest(
     on_bytes: Callable[[int], None] = lambda done: None,
     say: Say = lambda line: None,
     families: Sequence[str] | None = None,
-    events_file: str = EVENTS_FILE,
 ) -> Contest:
     """Write the folder of packs `output` of a contest folder, and give what is in it.
 
@@ -170,52 +199,95 @@ def prepare_contest(
     and line of the first thing that cannot be read. What was finished before an interruption is not read again.
     """
     _check_output(output)
-    for name in (events_file, INDEXER_FILE, ITEMS_FILE):
+    for name in REQUIRED_FILES:
         if not (source / name).is_file():
             raise DataError(f"{source / name}: no such file; the contest form needs it: download it into {source}")
     indexer = read_indexer(source / INDEXER_FILE)
     schema = indexer.schema
     chosen = choose_families(source, families, num_items=schema.num_items, say=say)
-    origins = [_Origin.of(source / name) for name in (events_file, INDEXER_FILE, ITEMS_FILE)]
-    work = _work_folder(output, _digest([_LAYOUT, _BLOCK_BYTES, *(origin.key for origin in origins)]))
+    origins = {name: _Origin.of(source / name) for name in (*REQUIRED_FILES, PREDICT_FILE, CANDIDATES_FILE)}
+    work = _work_folder(output, _digest([_LAYOUT, _BLOCK_BYTES, *(origin.key for origin in origins.values())]))
     table = _item_table(source / ITEMS_FILE, work, schema, say)
-    tasks, embedding_origins = _tasks(source / events_file, chosen, work, table, schema)
-    with _Joiner(work / "raw", indexer) as joiner:
+    family_origins = {family.id: [_Origin.of(file) for file in family.files] for family in chosen}
+    events = {name: JoinedEvents(work / "raw" / name, indexer.users) for name in _USERS if origins[_USERS[name]].exists}
+    candidates = JoinedCandidates(work / "raw" / "candidates") if origins[CANDIDATES_FILE].exists else None
+    vectors = {family.id: JoinedVectors(work / "raw" / f"emb_{family.id}") for family in chosen}
+    joined: dict[str, Joined] = {**events, **{f"emb_{family}": parts for family, parts in vectors.items()}}
+    tasks = [task for name in events for task in _users_tasks(source, name, work, table, schema)]
+    if candidates is not None:
+        joined["candidates"] = candidates
+        tasks += _candidates_tasks(source, work, schema)
+    for family in chosen:
+        tasks += _family_tasks(family, family_origins[family.id], work)
+    with ExitStack() as stack:
+        for parts in joined.values():
+            stack.enter_context(closing(parts))
         done = 0
-        for task, report, arrays in _encode(tasks, _worker_count(workers, len(tasks)), say):
-            joiner.add(task, report, arrays)
+        for task, report, arrays in encode_blocks(tasks, worker_count(workers, len(tasks)), say):
+            joined[task.pack].add(report, arrays)
             done += task.end - task.start
             on_bytes(done)
-    joiner.tell(source / events_file, say)
-    for origin in (*origins, *(origin for found in embedding_origins.values() for origin in found)):
+    for origin in (*origins.values(), *(origin for found in family_origins.values() for origin in found)):
         if not origin.is_unchanged():
             raise DataError(f"{origin.path} has changed while it was read; run the command again")
 
     pack = work / "pack"
-    common = {"layout": _LAYOUT, "fingerprint": _digest([[o.path.name, o.size, o.fingerprint] for o in origins])}
+    common = {"layout": _LAYOUT, "fingerprint": _digest([origin.content for origin in origins.values()])}
+    for name, users in events.items():
+        users.tell(source / _USERS[name], say)
+    rows, num_extra = Rows.of_indexer(indexer.item_ids), 0
+    if candidates is not None:
+        candidates.tell(source / CANDIDATES_FILE, rows, say)
+        rows, num_extra = rows.with_extra(candidates.creative, schema.num_items)
+        meta = {**common, "kind": _KIND["candidates"]}
+        write_pack(pack / "candidates.safetensors", candidates.tensors(schema, rows), meta)
     _write_items(pack / "items.safetensors", table, indexer, common)
     for family in chosen:
         meta = {**common, "kind": _KIND["emb"], "family": family.id}
-        meta["sources"] = [origin.record(output) for origin in embedding_origins[family.id]]
-        embedding = joiner.embedding(family, schema.num_items, say)
+        meta["sources"] = [origin.record(output) for origin in family_origins[family.id]]
+        embedding = vectors[family.id].table(family, schema.num_items, num_extra, rows, say)
         write_pack(pack / f"emb_{family.id}.safetensors", embedding._asdict(), meta)
         del embedding  # its file is mapped, and Windows keeps mapped files
-    meta = {
-        **common,
-        "kind": _KIND["seq"],
-        "name": source.resolve().name,
-        "vocab": schema.vocab,
-        "user_fields": schema.fields(USER_FIELDS),
-        "user_arrays": schema.fields(USER_ARRAYS),
-        "families": [family.id for family in chosen],
-        "sources": [origin.record(output) for origin in origins],
-    }
-    write_pack(pack / "seq.safetensors", joiner.tensors(schema), meta)
+    for name, users in events.items():
+        content = [origins[file].content for file in (_USERS[name], INDEXER_FILE, ITEMS_FILE)]
+        meta = {**common, "kind": _KIND[name], "content": _digest(content)}
+        if name == "seq":
+            meta |= {
+                "name": source.resolve().name,
+                "vocab": schema.vocab,
+                "user_fields": schema.fields(USER_FIELDS),
+                "user_arrays": schema.fields(USER_ARRAYS),
+                "families": [family.id for family in chosen],
+                "num_extra": num_extra,
+                "packs": [other for other in ("predict_seq", "candidates") if other in joined],
+                "sources": [origin.record(output) for origin in origins.values()],
+            }
+        write_pack(pack / f"{name}.safetensors", users.tensors(schema, rows), meta)
     if output.exists():
         replace(output, work / "old")
     replace(pack, output)
     shutil.rmtree(work)
     return read_contest(output)
+
+
+def _users_tasks(source: Path, name: str, work: Path, table: Path, schema: Schema) -> list[Task]:
+    encode = contest_lines.encode_events
+    return blocks(source / _USERS[name], work / name, encode, (schema, table), pack=name, block_bytes=_BLOCK_BYTES)
+
+
+def _candidates_tasks(source: Path, work: Path, schema: Schema) -> list[Task]:
+    file, name, encode = source / CANDIDATES_FILE, work / "candidates", contest_lines.encode_candidates
+    return blocks(file, name, encode, (schema,), pack="candidates", block_bytes=_BLOCK_BYTES)
+
+
+def _family_tasks(family: Family, origins: Sequence["_Origin"], work: Path) -> list[Task]:
+    tasks = []
+    pack, encode = f"emb_{family.id}", contest_lines.encode_embeddings
+    for origin in origins if family.form == "lines" else ():
+        key = hashlib.blake2b(json.dumps(origin.key).encode(), digest_size=8).hexdigest()
+        name = work / f"{pack}_{family.width}_{key}"
+        tasks += blocks(origin.path, name, encode, (family.width,), pack=pack, block_bytes=_BLOCK_BYTES)
+    return tasks
 
 
 def _digest(value: Any) -> str:
@@ -240,9 +312,27 @@ def _work_folder(output: Path, key: str) -> Path:
     return work
 
 
+def _item_table(source: Path, work: Path, schema: Schema, say: Say) -> Path:
+    """The raw table of every item's features, made or found."""
+    table, part = work / "items.table", work / "items.part"
+    found = contest_lines.read_part(part)
+    if found is None or not table.is_file() or contest_lines.crc_of(table) != found[1].counts["crc"]:
+        try:
+            report = contest_lines.encode_items(source, table, part, schema)
+        except BadLine as error:
+            raise FaultError(fault_of(source, error)) from None
+    else:
+        report = found[1]
+    counts = dict(report.counts)
+    counts.pop("crc")
+    say(f"{source.name}: features of {counts.pop('items with features', 0):,} of {schema.num_items:,} items")
+    tell_counts(source.name, Counter(counts), report.unknown, say)
+    return table
+
+
 def _write_items(path: Path, table: Path, indexer: Indexer, common: Mapping[str, Any]) -> None:
     fields = indexer.schema.fields(ITEM_FIELDS)
-    rows = _mapped(table, torch.int32, (indexer.schema.num_items + 1, len(fields)))
+    rows = mapped(table, torch.int32, (indexer.schema.num_items + 1, len(fields)))
     meta = {**common, "kind": _KIND["items"], "fields": fields}
     write_pack(path, {"feature": rows, "item_ids": ids_to_bytes(indexer.item_ids)}, meta)
 
@@ -250,11 +340,7 @@ def _write_items(path: Path, table: Path, indexer: Indexer, common: Mapping[str,
 def _check_output(output: Path) -> None:
     """Refuse to put the packs where something else is."""
     if output.is_dir():
-        foreign = [
-            entry.name
-            for entry in output.iterdir()
-            if not re.fullmatch(r"(seq|items|emb_\d+)\.safetensors", entry.name)
-        ]
+        foreign = [entry.name for entry in output.iterdir() if not _PACK_NAME.fullmatch(entry.name)]
         if foreign:
             raise DataError(f"{output} holds {sorted(foreign)[0]}, which is no pack; give the name of a new folder")
     elif output.exists():
@@ -262,25 +348,37 @@ def _check_output(output: Path) -> None:
 
 
 class _Origin(NamedTuple):
-    """A source file and the state it was read in."""
+    """A source file and the state it was read in; None where it does not exist."""
 
     path: Path
-    size: int
-    mtime_ns: int
-    fingerprint: str
+    size: int | None
+    mtime_ns: int | None
+    fingerprint: str | None
 
     @classmethod
     def of(cls, path: Path) -> "_Origin":
+        if not path.is_file():
+            return cls(path, None, None, None)
         stat = path.stat()
         return cls(path, stat.st_size, stat.st_mtime_ns, fingerprint([path]))
 
+    @property
+    def exists(self) -> bool:
+        return self.size is not None
+
     def is_unchanged(self) -> bool:
+        if not self.path.is_file():
+            return not self.exists
         stat = self.path.stat()
         return (stat.st_size, stat.st_mtime_ns) == (self.size, self.mtime_ns)
 
     @property
     def key(self) -> list[Any]:
         return [self.path.name, self.size, self.mtime_ns, self.fingerprint]
+
+    @property
+    def content(self) -> list[Any]:
+        return [self.path.name, self.size, self.fingerprint]
 
     def record(self, folder: Path) -> dict[str, Any]:
         """What a pack remembers; the path leads from the pack's folder to the file, so that both can be moved."""
@@ -347,453 +445,6 @@ def is_name(value: Any) -> bool:
     return type(value) is str and "\n" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
-# Families of embeddings
-
-
-class Family(NamedTuple):
-    """The files of one family of embeddings."""
-
-    id: str
-    width: int | None  # None where only its contents tell
-    form: Literal["lines", "pkl", "npy"]
-    files: tuple[Path, ...]
-
-
-def is_family(entry: Path) -> bool:
-    """Whether an entry of creative_emb is named like a family and has one of its forms."""
-    match = _FAMILY.fullmatch(entry.name)
-    return match is not None and any(_forms(entry, match[1], int(match[2]) if match[2] else None, match[3]))
-
-
-def find_families(source: Path) -> list[Family]:
-    """Every family in creative_emb; of one that is there in several forms the best to read, lines first."""
-    folder = source / EMBEDDINGS_FOLDER
-    found: dict[str, Family] = {}
-    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
-        match = _FAMILY.fullmatch(entry.name)
-        if match is None:
-            continue
-        number, width, suffix = match.groups()
-        for family in _forms(entry, number, int(width) if width else None, suffix):
-            best = found.get(number)
-            order = ("lines", "pkl", "npy")
-            if best is None or order.index(family.form) < order.index(best.form):
-                found[number] = family
-    return sorted(found.values(), key=lambda family: int(family.id))
-
-
-def _forms(entry: Path, number: str, width: int | None, suffix: str | None) -> Iterator[Family]:
-    if entry.is_file() and suffix is not None:
-        yield Family(number, width, "pkl" if suffix == ".pkl" else "npy", (entry,))
-    elif entry.is_dir() and suffix is None:
-        files = [file for file in sorted(entry.iterdir()) if file.is_file() and file.name[0] not in "._"]
-        lines = tuple(file for file in files if file.suffix in (".json", ".jsonl") or file.name.startswith("part-"))
-        if lines and width is not None:
-            yield Family(number, width, "lines", lines)
-        for file in files:
-            if file.suffix in (".pkl", ".npy"):
-                yield Family(number, width, "pkl" if file.suffix == ".pkl" else "npy", (file,))
-
-
-def choose_families(source: Path, wanted: Sequence[str] | None, *, num_items: int, say: Say) -> list[Family]:
-    """The families asked for, or all small ones; `say` hears what is left out. Raises DataError for absent ones."""
-    found = {family.id: family for family in find_families(source)}
-    if wanted is not None:
-        for name in wanted:
-            if name not in found:
-                listed = ", ".join(found) or "none"
-                raise DataError(f"{source / EMBEDDINGS_FOLDER}: no embeddings of family {name!r}; there is {listed}")
-        return [found[name] for name in sorted(set(wanted), key=int)]
-    if not found:
-        say(f"{source / EMBEDDINGS_FOLDER}: no embeddings; items are known by id and features alone")
-    chosen = []
-    for family in found.values():
-        width = family.width or _WIDTHS.get(family.id, 0)
-        if width > SMALL_WIDTH:
-            size = (num_items + 1) * width * 2 / (1 << 30)
-            reason = f"it is {width:,} wide and would take {size:.1f} GiB; ask for it by name"
-            say(f"family {family.id} left out: {reason}")
-        else:
-            chosen.append(family)
-    return chosen
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Parts
-
-
-def _item_table(source: Path, work: Path, schema: Schema, say: Say) -> Path:
-    """The raw table of every item's features, made or found."""
-    table, part = work / "items.table", work / "items.part"
-    found = contest_lines.read_part(part)
-    if found is None or not table.is_file() or contest_lines.crc_of(table) != found[1].counts["crc"]:
-        try:
-            report = contest_lines.encode_items(source, table, part, schema)
-        except BadLine as error:
-            raise FaultError(_fault(source, error, 0)) from None
-    else:
-        report = found[1]
-    counts = dict(report.counts)
-    counts.pop("crc")
-    say(f"{source.name}: features of {counts.pop('items with features', 0):,} of {schema.num_items:,} items")
-    _tell_counts(source.name, Counter(counts), report.unknown, say)
-    return table
-
-
-def _tell_counts(name: str, counts: Counter[str], unknown: Mapping[str, Sequence[str]], say: Say) -> None:
-    for what, count in sorted(counts.items()):
-        if count:
-            say(f"{name}: {count:,} {what}")
-    for kind, ids in unknown.items():
-        if ids:
-            listed = ", ".join(contest_lines.quote(field) for field in ids)
-            say(f"{name}: {kind} features left out, because the indexer or the contest form lacks them: {listed}")
-
-
-class _Task(NamedTuple):
-    """A block of a file, and the part it becomes."""
-
-    encode: Callable[..., Report]
-    file: Path
-    start: int
-    end: int
-    part: Path
-    arguments: tuple[Any, ...]
-    family: str | None  # None for events
-
-    def run(self) -> Report:
-        return self.encode(self.file, self.start, self.end, self.part, *self.arguments)
-
-
-def _tasks(
-    events: Path, families: Sequence[Family], work: Path, table: Path, schema: Schema
-) -> tuple[list[_Task], dict[str, list[_Origin]]]:
-    """The blocks of all files that are read line by line, in order; and the files of every family."""
-    tasks = _blocks(events, work / "seq", contest_lines.encode_events, (schema, table), None)
-    origins: dict[str, list[_Origin]] = {}
-    for family in families:
-        origins[family.id] = [_Origin.of(file) for file in family.files]
-        for origin in origins[family.id] if family.form == "lines" else ():
-            key = hashlib.blake2b(json.dumps(origin.key).encode(), digest_size=8).hexdigest()
-            name = work / f"emb_{family.id}_{family.width}_{key}"
-            encode = contest_lines.encode_embeddings
-            tasks += _blocks(origin.path, name, encode, (family.width,), family.id)
-    return tasks, origins
-
-
-def _blocks(
-    file: Path, name: Path, encode: Callable[..., Report], arguments: tuple[Any, ...], family: str | None
-) -> list[_Task]:
-    size = file.stat().st_size
-    starts = range(0, size, _BLOCK_BYTES)
-    parts = [name.with_name(f"{name.name}.{n:07d}.part") for n in range(len(starts))]
-    return [
-        _Task(encode, file, start, min(start + _BLOCK_BYTES, size), part, arguments, family)
-        for start, part in zip(starts, parts, strict=True)
-    ]
-
-
-def _worker_count(workers: int | None, num_tasks: int) -> int:
-    if workers is not None and workers < 1:
-        raise DataError(f"{workers} workers cannot do anything; use at least 1")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(workers or cores, num_tasks))
-
-
-_Arrays = dict[str, "array[Any]"]
-
-
-def _encode(tasks: Sequence[_Task], workers: int, say: Say) -> Iterator[tuple[_Task, Report, _Arrays]]:
-    """Every block's report and arrays, in order, from the parts that are there and from the workers."""
-    lines: Counter[Path] = Counter()  # before the block, for the faults' line numbers
-    with ExitStack() as stack:
-        pool = None
-        waiting: deque[tuple[_Task, Future[Report] | None]] = deque()
-        found = sum(task.part.is_file() for task in tasks)
-        if found:
-            say(f"{found:,} of {len(tasks):,} blocks were finished before")
-        ahead = iter(tasks)
-        while True:
-            while len(waiting) < 2 * workers and (task := next(ahead, None)) is not None:
-                if workers == 1 or contest_lines.read_part(task.part) is not None:
-                    waiting.append((task, None))
-                    continue
-                if pool is None:
-                    pool = ProcessPoolExecutor(workers, get_context("spawn"), contest_lines.start_worker)
-                    stack.callback(pool.shutdown, cancel_futures=True)
-                waiting.append((task, pool.submit(task.encode, *task[1:5], *task.arguments)))
-            if not waiting:
-                return
-            task, future = waiting.popleft()
-            try:
-                if future is not None:
-                    future.result()
-                part = contest_lines.read_part(task.part)
-                if part is None and future is None:
-                    task.run()
-                    part = contest_lines.read_part(task.part)
-            except BadLine as error:
-                raise FaultError(_fault(task.file, error, lines[task.file])) from None
-            except BrokenProcessPool:
-                raise DataError(
-                    "a worker process was ended from outside, perhaps for lack of memory; run the command again, with "
-                    "fewer workers: finished blocks are kept"
-                ) from None
-            if part is None:
-                raise DataError(f"{task.part} cannot be read back; check the disk, and run the command again")
-            arrays, report = part
-            lines[task.file] += report.lines
-            yield task, report, arrays
-
-
-def _fault(file: Path, error: BadLine, lines_before: int) -> Fault:
-    line = None if error.line is None else error.line + lines_before
-    return Fault(str(file), line, error.field, error.expected, error.found, error.repair)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Joining
-
-
-class _Joiner:
-    """Appends the parts' arrays to raw files, in the order of the source; the files are then mapped, not held."""
-
-    def __init__(self, folder: Path, indexer: Indexer) -> None:
-        self.folder = folder
-        self.files: dict[str, BinaryIO] = {}
-        self.users = indexer.users
-        self.creative, self.row = _creative_ids(indexer.item_ids)
-        self.raw_users = [""] * (max(indexer.users.values(), default=0) + 1)
-        for raw, user in indexer.users.items():
-            self.raw_users[user] = raw
-        self.user_digests = array("q")  # to notice users that come twice, without holding their ids
-        self.num_events = 0
-        self.counts: Counter[str] = Counter()
-        self.unknown: dict[str, set[str]] = {"user": set(), "item": set()}
-        self.family_counts: dict[str, Counter[str]] = {}
-
-    def __enter__(self) -> "_Joiner":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self.files.values():
-            file.close()
-
-    def _append(self, name: str, values: "array[Any]") -> None:
-        if name not in self.files:
-            self.files[name] = (self.folder / name).open("wb")
-        self.files[name].write(values)
-
-    def add(self, task: _Task, report: Report, arrays: _Arrays) -> None:
-        """Take one part."""
-        if task.family is not None:
-            self.family_counts.setdefault(task.family, Counter()).update(report.counts)
-            self._append(f"creative_{task.family}", arrays["creative"])
-            self._append(f"vector_{task.family}", arrays["vector"])
-            return
-        self.counts.update(report.counts)
-        for kind, ids in report.unknown.items():
-            self.unknown[kind].update(ids)
-        arrays["user"], arrays["user_ids"] = self._name_users(arrays["user"], arrays.pop("user_text"))
-        arrays["own_event"] = array("q", [event + self.num_events for event in arrays["own_event"]])
-        self.num_events += len(arrays["item"])
-        self.counts["events with features of their own"] += len(arrays["own_event"])
-        for name, values in arrays.items():
-            self._append(name, values)
-
-    def _name_users(self, numbers: "array[int]", text: "array[int]") -> tuple["array[int]", "array[int]"]:
-        """Re-ids (0 where the indexer has none) and raw ids of users given by re-id, or by text where that is 0."""
-        given = iter(text.tobytes().decode().split("\n"))
-        users, ids = array("i"), array("B")
-        for number in numbers:
-            if number == 0:
-                raw = next(given)
-                user = self.users.get(raw, 0)
-            else:
-                is_known = number < len(self.raw_users)
-                raw, user = (self.raw_users[number], number) if is_known else (str(number), 0)
-            self.counts["users that the indexer lacks"] += not user
-            line = raw.encode() + b"\n"
-            users.append(user)
-            ids.frombytes(line)
-            self.user_digests.append(
-                int.from_bytes(hashlib.blake2b(line, digest_size=8).digest(), "little", signed=True)
-            )
-        return users, ids
-
-    def tell(self, file: Path, say: Say) -> None:
-        """Say what is irregular in the events."""
-        num_users = len(self.user_digests)
-        if not num_users:
-            raise DataError(f"{file}: no user in it; write or download the file again")
-        say(f"{file.name}: {num_users:,} users, {self.num_events:,} events")
-        repeated = num_users - torch.unique(torch.frombuffer(self.user_digests, dtype=torch.int64)).numel()
-        self.counts["lines of users that had one before: both are kept, as two users"] = repeated
-        _tell_counts(file.name, self.counts, {kind: sorted(ids) for kind, ids in self.unknown.items()}, say)
-
-    def _raw(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
-        """What was appended under a name, mapped; -1 in the shape stands for the length that fits."""
-        path = self.folder / name
-        width = math.prod(size for size in shape if size >= 0)
-        size = path.stat().st_size // (dtype.itemsize * width) if path.is_file() and width else 0
-        return _mapped(path, dtype, [size if length < 0 else length for length in shape])
-
-    def tensors(self, schema: Schema) -> dict[str, Tensor]:
-        """The tensors of the events' pack."""
-        num_users = len(self.user_digests)
-        found = {
-            "ptr": _ptr_of(self._raw("length", torch.int32, num_users)),
-            "item": self._raw("item", torch.int32, -1),
-            "action": self._raw("action", torch.int8, -1),
-            "time": self._raw("time", torch.int64, -1),
-            "own_event": self._raw("own_event", torch.int64, -1),
-            "user": self._raw("user", torch.int32, num_users),
-            "user_ids": self._raw("user_ids", torch.uint8, -1),
-            "user_feature": self._raw("user_feature", torch.int32, num_users, len(schema.fields(USER_FIELDS))),
-            "profile_time": self._raw("profile_time", torch.int64, num_users),
-        }
-        num_own = found["own_event"].numel()
-        found["own_feature"] = self._raw("own_feature", torch.int32, num_own, len(schema.fields(ITEM_FIELDS)))
-        for field in schema.fields(USER_ARRAYS):
-            found[f"user_{field}_ptr"] = _ptr_of(self._raw(f"user_{field}_length", torch.int32, num_users))
-            found[f"user_{field}"] = self._raw(f"user_{field}", torch.int32, -1)
-        return found
-
-    def embedding(self, family: Family, num_items: int, say: Say) -> Embedding:
-        """A family's table, in a mapped file, from its parts or from its one array or dictionary."""
-        counts = self.family_counts.get(family.id, Counter())
-        if family.form == "lines":
-            assert family.width is not None
-            width, chunks = family.width, self._vectors(family.id, family.width)
-        else:
-            width, chunks = object_vectors(family, num_items)
-        size = (num_items + 1) * width
-        path = self.folder / f"emb_{family.id}"
-        value = torch.from_file(str(path), shared=True, size=size, dtype=torch.float16).view(num_items + 1, width)
-        present = torch.zeros(num_items + 1, dtype=torch.bool)
-        for ids, vectors, is_row in chunks:
-            rows = ids if is_row else self._rows_of(ids)
-            last = {row: n for n, row in enumerate(rows.tolist())}  # of an item that comes twice the last one counts
-            counts["embeddings of unknown items"] += int((rows == 0).sum())
-            last.pop(0, None)
-            rows = torch.tensor(list(last), dtype=torch.int64)
-            value[rows] = vectors[torch.tensor(list(last.values()), dtype=torch.int64)]
-            present[rows] = True
-        say(f"family {family.id}: {int(present.sum()):,} of {num_items:,} items have an embedding, {width:,} wide")
-        _tell_counts(f"family {family.id}", counts, {}, say)
-        return Embedding(value, present)
-
-    def _vectors(self, family: str, width: int) -> "Iterator[_Vectors]":
-        creative = self._raw(f"creative_{family}", torch.int64, -1)
-        vector = self._raw(f"vector_{family}", torch.float16, -1, width)
-        for start in range(0, creative.numel(), _ROWS):
-            yield _Vectors(creative[start : start + _ROWS], vector[start : start + _ROWS], False)
-
-    def _rows_of(self, creative: Tensor) -> Tensor:
-        """Items of raw ids, [N] int64; 0 for unknown ones."""
-        if not self.creative.numel():
-            return torch.zeros_like(creative)
-        place = torch.searchsorted(self.creative, creative).clamp(max=self.creative.numel() - 1)
-        return torch.where(self.creative[place] == creative, self.row[place], 0)
-
-
-class _Vectors(NamedTuple):
-    """Some embeddings and whose they are."""
-
-    id: Tensor  # [N] int64
-    vector: Tensor  # [N, W] float16
-    is_row: bool  # whether ids are re-ids already, 0 for rows without an embedding
-
-
-def object_vectors(family: Family, num_items: int) -> tuple[int, Iterator[_Vectors]]:
-    """Width and vectors of a pickled dictionary {creative id: vector}, or of an array with a row per item."""
-    file = family.files[0]
-    try:
-        content = load_pickle(file) if family.form == "pkl" else load_npy(file)
-    except UnsafePickleError as error:
-        raise DataError(str(error)) from None
-    if isinstance(content, Tensor):
-        if (
-            content.ndim != 2
-            or not content.dtype.is_floating_point
-            or content.shape[0] not in (num_items, num_items + 1)
-        ):
-            expected = f"floats of shape ({num_items} or {num_items + 1}, width)"
-            found = f"{tuple(content.shape)} of {str(content.dtype).removeprefix('torch.')}"
-            raise FaultError(Fault(str(file), None, None, expected, found, "export one row per re-id, in order"))
-        if family.width not in (None, content.shape[1]):
-            found = f"{content.shape[1]}"
-            raise FaultError(Fault(str(file), None, None, f"rows of {family.width} numbers", found, "export it again"))
-        return content.shape[1], _matrix_vectors(file, content, num_items)
-    if type(content) is not dict:
-        found = type(content).__name__
-        raise FaultError(Fault(str(file), None, None, "a dictionary {creative id: vector}", found, "export it again"))
-    first = next(iter(content.values()), ())
-    width = family.width or (len(first) if isinstance(first, list | Tensor) and len(first) else 1)
-    return width, _dict_vectors(file, content, width)
-
-
-def _matrix_vectors(file: Path, matrix: Tensor, num_items: int) -> Iterator[_Vectors]:
-    """Rows of zeros are items without an embedding."""
-    first = num_items + 1 - matrix.shape[0]
-    for start in range(0, matrix.shape[0], _ROWS):
-        rows = matrix[start : start + _ROWS]
-        vector = rows.to(torch.float16)
-        wrong = (~vector.isfinite()).any(1).nonzero()
-        if wrong.numel():
-            row = start + int(wrong[0])
-            expected, found = "finite numbers up to 65504", "NaN, infinity or a larger one"
-            raise FaultError(Fault(str(file), None, f"row {row}", expected, found, "set the row to zeros"))
-        ids = torch.arange(first + start, first + start + rows.shape[0])
-        yield _Vectors(torch.where((vector != 0).any(1), ids, 0), vector, True)
-
-
-def _dict_vectors(file: Path, content: Mapping[Any, Any], width: int) -> Iterator[_Vectors]:
-    ids, data = array("q"), bytearray()
-    for n, (key, value) in enumerate(content.items(), 1):
-        creative = contest_lines.as_creative(key)
-        values = value.tolist() if isinstance(value, Tensor) else value
-        try:
-            vector = contest_lines.pack_vector(values, None, width) if values is not None and values != [] else b""
-        except BadLine as error:
-            fault = Fault(str(file), None, contest_lines.quote(key), error.expected, error.found, error.repair)
-            raise FaultError(fault) from None
-        if creative is not None and vector:
-            ids.append(creative)
-            data += vector
-        if ids and (len(ids) == _ROWS or n == len(content)):
-            vectors = torch.frombuffer(data, dtype=torch.float16).view(-1, width).clone()
-            yield _Vectors(torch.tensor(ids.tolist(), dtype=torch.int64), vectors, False)
-            ids, data = array("q"), bytearray()
-
-
-def _creative_ids(item_ids: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """The raw item ids that are numbers, sorted, and their items; both [N] int64."""
-    ids, rows = array("q"), array("q")
-    for row, text in enumerate(item_ids, 1):
-        creative = contest_lines.as_creative(text)
-        if creative is not None:
-            ids.append(creative)
-            rows.append(row)
-    if not ids:
-        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
-    creative_sorted, order = torch.frombuffer(ids, dtype=torch.int64).sort()
-    return creative_sorted, torch.frombuffer(rows, dtype=torch.int64)[order]
-
-
-def _mapped(path: Path, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    size = math.prod(shape)
-    if not size:
-        return torch.empty(*shape, dtype=dtype)
-    return torch.from_file(str(path), shared=False, size=size, dtype=dtype).view(*shape)
-
-
-def _ptr_of(length: Tensor) -> Tensor:
-    ptr = torch.zeros(length.numel() + 1, dtype=torch.int64)
-    torch.cumsum(length, 0, out=ptr[1:])
-    return ptr
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
@@ -801,40 +452,76 @@ def _ptr_of(length: Tensor) -> Tensor:
 def read_contest(path: Path) -> Contest:
     """The memory-mapped contents of undamaged packs whose source has not changed; raises DataError.
 
-    Checksums of events and items are compared; embeddings, which may be many times larger, are mapped as they are.
+    Checksums of all but the embeddings are compared; those, which may be many times larger, are mapped as they are.
     """
-    seq, meta = _read_pack(path, "seq", kind=_KIND["seq"], common=None)
-    items, items_meta = _read_pack(path, "items", kind=_KIND["items"], common=meta)
+    seq, meta = _read_pack(path, "seq", common=None)
+    items, items_meta = _read_pack(path, "items", common=meta)
     embeddings = {}
     for family in meta["families"]:
-        tensors, emb_meta = _read_pack(path, f"emb_{family}", kind=_KIND["emb"], common=meta)
+        tensors, emb_meta = _read_pack(path, f"emb_{family}", common=meta)
         embeddings[family] = Embedding(tensors["value"], tensors["present"])
         _refuse_stale(path, emb_meta["sources"])
     _refuse_stale(path, meta["sources"])
-    user_ids, item_ids = bytes_to_ids(seq["user_ids"]), bytes_to_ids(items["item_ids"])
-    _check_tensors(path, seq, items, embeddings, meta, items_meta, len(user_ids), len(item_ids))
-    ptr, item, time = seq["ptr"], seq["item"], seq["time"]
-    is_known = item > 0
-    if not bool(is_known.all()):
-        before = torch.cat([torch.zeros(1, dtype=torch.int64), is_known.cumsum(0)])
-        ptr, item, time = before[ptr], item[is_known], time[is_known]
+    item_ids, fields, num_extra = bytes_to_ids(items["item_ids"]), tuple(items_meta["fields"]), meta["num_extra"]
+    _check_items(path, items["feature"], embeddings, num_items=len(item_ids), width=len(fields), num_extra=num_extra)
+
+    def events_of(tensors: Mapping[str, Tensor], content: str, name: str) -> Events:
+        user_ids = bytes_to_ids(tensors["user_ids"])
+        _check_events(path, tensors, meta, num_users=len(user_ids), num_items=len(item_ids), width=len(fields))
+        return _events(tensors, meta["user_arrays"], item_ids, user_ids, content, name)
+
+    queries = candidates = None
+    if "predict_seq" in meta["packs"]:
+        tensors, queries_meta = _read_pack(path, "predict_seq", common=meta)
+        queries = events_of(tensors, queries_meta["content"], f"{meta['name']}/{PREDICT_FILE}")
+    if "candidates" in meta["packs"]:
+        tensors, _ = _read_pack(path, "candidates", common=meta)
+        _check_candidates(path, tensors, num_items=len(item_ids), width=len(fields), num_extra=num_extra)
+        candidates = Candidates(**tensors)
     return Contest(
-        sequences=Sequences(ptr, item, time, item_ids, user_ids, meta["fingerprint"], meta["name"]),
-        ptr=seq["ptr"],
-        item=seq["item"],
-        action=seq["action"],
-        time=seq["time"],
-        own_event=seq["own_event"],
-        own_feature=seq["own_feature"],
-        user=seq["user"],
-        user_feature=seq["user_feature"],
-        user_lists={f: Lists(seq[f"user_{f}_ptr"], seq[f"user_{f}"]) for f in meta["user_arrays"]},
-        profile_time=seq["profile_time"],
+        **vars(events_of(seq, meta["content"], meta["name"])),
         item_feature=items["feature"],
         embeddings=embeddings,
         user_fields=tuple(meta["user_fields"]),
-        item_fields=tuple(items_meta["fields"]),
+        item_fields=fields,
         vocab=dict(meta["vocab"]),
+        num_extra=num_extra,
+        queries=queries,
+        candidates=candidates,
+    )
+
+
+def _events(
+    tensors: Mapping[str, Tensor],
+    user_arrays: Sequence[str],
+    item_ids: tuple[str, ...],
+    user_ids: tuple[str, ...],
+    content: str,
+    name: str,
+) -> Events:
+    """The events of a pack, and those of known items once more."""
+    ptr, item, time = tensors["ptr"], tensors["item"], tensors["time"]
+    is_known = item > 0
+    known_event = None
+    if not bool(is_known.all()):
+        known_event = is_known.nonzero().squeeze(1)
+        before = torch.cat([torch.zeros(1, dtype=torch.int64), is_known.cumsum(0)])
+        ptr, item, time = before[ptr], item[known_event], time[known_event]
+    return Events(
+        sequences=Sequences(ptr, item, time, item_ids, user_ids, content, name),
+        known_event=known_event,
+        ptr=tensors["ptr"],
+        item=tensors["item"],
+        action=tensors["action"],
+        time=tensors["time"],
+        own_event=tensors["own_event"],
+        own_feature=tensors["own_feature"],
+        cold_event=tensors["cold_event"],
+        cold_row=tensors["cold_row"],
+        user=tensors["user"],
+        user_feature=tensors["user_feature"],
+        user_lists={field: Lists(tensors[f"user_{field}_ptr"], tensors[f"user_{field}"]) for field in user_arrays},
+        profile_time=tensors["profile_time"],
     )
 
 
@@ -843,9 +530,10 @@ def _again(folder: Path) -> str:
 
 
 def _read_pack(
-    folder: Path, name: str, *, kind: str, common: Mapping[str, Any] | None
+    folder: Path, name: str, *, common: Mapping[str, Any] | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A pack of the folder, which must be of this layout and of the same source as the events' pack."""
+    kind = _KIND["emb" if name.startswith("emb_") else name]
     file = folder / f"{name}.safetensors"
     if not file.is_file():
         raise DataError(f"{file}: no such file; {_again(folder)}")
@@ -863,51 +551,92 @@ def _read_pack(
 
 
 def _refuse_stale(folder: Path, sources: Sequence[Mapping[str, Any]]) -> None:
-    """Raise where a file that a pack was made from is still there and has changed since."""
+    """Raise where a file that a pack was made from is still there and has changed since, or was not there and is."""
     for source in sources:
         file = folder / source["path"]
-        if file.is_file() and changed_fingerprint(file, source) is not None:
+        if not file.is_file():
+            continue
+        if source["fingerprint"] is None:
+            raise DataError(f"{folder}: a stale pack, {file} has been added since; {_again(folder)}")
+        if changed_fingerprint(file, source) is not None:
             raise DataError(f"{folder}: a stale pack, {file} has changed since; {_again(folder)}")
 
 
-def _check_tensors(
+def _check_items(
     folder: Path,
-    seq: Mapping[str, Tensor],
-    items: Mapping[str, Tensor],
+    feature: Tensor,
     embeddings: Mapping[str, Embedding],
+    *,
+    num_items: int,
+    width: int,
+    num_extra: int,
+) -> None:
+    """Raise where the items' tensors do not describe what their names promise; so do the two functions below."""
+    _check_shapes(folder, {"feature": (feature, torch.int32, (num_items + 1, width))})
+    num_rows = num_items + 1 + num_extra
+    for family, (value, present) in embeddings.items():
+        if value.shape[:1] != (num_rows,) or value.dtype != torch.float16 or present.shape != (num_rows,):
+            raise DataError(f"{folder}: expected {num_rows} embeddings of family {family}; {_again(folder)}")
+
+
+def _check_events(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
     meta: Mapping[str, Any],
-    items_meta: Mapping[str, Any],
+    *,
     num_users: int,
     num_items: int,
+    width: int,
 ) -> None:
-    """Raise where the tensors do not describe what their names promise."""
-    num_events, num_own = seq["item"].numel(), seq["own_event"].numel()
-    width = len(items_meta["fields"])
-    expected = {
-        "ptr": (seq, torch.int64, (num_users + 1,)),
-        "item": (seq, torch.int32, (num_events,)),
-        "action": (seq, torch.int8, (num_events,)),
-        "time": (seq, torch.int64, (num_events,)),
-        "own_event": (seq, torch.int64, (num_own,)),
-        "own_feature": (seq, torch.int32, (num_own, width)),
-        "user": (seq, torch.int32, (num_users,)),
-        "user_feature": (seq, torch.int32, (num_users, len(meta["user_fields"]))),
-        "profile_time": (seq, torch.int64, (num_users,)),
-        "feature": (items, torch.int32, (num_items + 1, width)),
-        **{f"user_{f}_ptr": (seq, torch.int64, (num_users + 1,)) for f in meta["user_arrays"]},
+    num_events, num_own = tensors["item"].numel(), tensors["own_event"].numel()
+    num_cold = tensors["cold_event"].numel()
+    shapes = {
+        "ptr": (torch.int64, (num_users + 1,)),
+        "item": (torch.int32, (num_events,)),
+        "action": (torch.int8, (num_events,)),
+        "time": (torch.int64, (num_events,)),
+        "own_event": (torch.int64, (num_own,)),
+        "own_feature": (torch.int32, (num_own, width)),
+        "cold_event": (torch.int64, (num_cold,)),
+        "cold_row": (torch.int32, (num_cold,)),
+        "user": (torch.int32, (num_users,)),
+        "user_feature": (torch.int32, (num_users, len(meta["user_fields"]))),
+        "profile_time": (torch.int64, (num_users,)),
+        **{f"user_{field}_ptr": (torch.int64, (num_users + 1,)) for field in meta["user_arrays"]},
     }
-    for name, (tensors, dtype, shape) in expected.items():
-        found = tensors[name]
+    _check_shapes(folder, {name: (tensors[name], dtype, shape) for name, (dtype, shape) in shapes.items()})
+    rising = {"ptr": num_events, **{f"user_{f}_ptr": tensors[f"user_{f}"].numel() for f in meta["user_arrays"]}}
+    for name, count in rising.items():
+        ptr = tensors[name]
+        if int(ptr[0]) != 0 or int(ptr[-1]) != count or bool((ptr.diff() < 0).any()):
+            raise DataError(f"{folder}: expected {name} to rise from 0 to {count}; {_again(folder)}")
+    _check_range(folder, "items", tensors["item"], 0, num_items)
+    _check_range(folder, "cold rows", tensors["cold_row"], num_items + 1, num_items + meta["num_extra"])
+
+
+def _check_candidates(
+    folder: Path, tensors: Mapping[str, Tensor], *, num_items: int, width: int, num_extra: int
+) -> None:
+    count = tensors["creative"].numel()
+    shapes = {
+        "creative": (torch.int64, (count,)),
+        "retrieval": (torch.int64, (count,)),
+        "item": (torch.int32, (count,)),
+        "row": (torch.int32, (count,)),
+        "feature": (torch.int32, (count, width)),
+    }
+    _check_shapes(folder, {name: (tensors[name], dtype, shape) for name, (dtype, shape) in shapes.items()})
+    _check_range(folder, "candidates' items", tensors["item"], 0, num_items)
+    _check_range(folder, "candidates' rows", tensors["row"], 1, num_items + num_extra)
+
+
+def _check_shapes(folder: Path, expected: Mapping[str, tuple[Tensor, torch.dtype, tuple[int, ...]]]) -> None:
+    for name, (found, dtype, shape) in expected.items():
         if found.dtype != dtype or tuple(found.shape) != shape:
             described = f"{tuple(found.shape)} of {found.dtype}"
             raise DataError(f"{folder}: expected {name} as {shape} of {dtype}, found {described}; {_again(folder)}")
-    rising = {"ptr": num_events, **{f"user_{f}_ptr": seq[f"user_{f}"].numel() for f in meta["user_arrays"]}}
-    for name, count in rising.items():
-        ptr = seq[name]
-        if int(ptr[0]) != 0 or int(ptr[-1]) != count or bool((ptr.diff() < 0).any()):
-            raise DataError(f"{folder}: expected {name} to rise from 0 to {count}; {_again(folder)}")
-    if num_events and not 0 <= int(seq["item"].min()) <= int(seq["item"].max()) <= num_items:
-        raise DataError(f"{folder}: expected items in 0..{num_items}; {_again(folder)}")
-    for family, (value, present) in embeddings.items():
-        if value.shape[:1] != (num_items + 1,) or value.dtype != torch.float16 or present.shape != (num_items + 1,):
-            raise DataError(f"{folder}: expected {num_items + 1} embeddings of family {family}; {_again(folder)}")
+
+
+def _check_range(folder: Path, name: str, values: Tensor, low: int, high: int) -> None:
+    if values.numel() and not low <= int(values.min()) <= int(values.max()) <= high:
+        raise DataError(f"{folder}: expected {name} in {low}..{high}; {_again(folder)}")

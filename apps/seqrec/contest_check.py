@@ -12,24 +12,24 @@ from typing import Any, NamedTuple
 
 from apps.seqrec import contest_lines
 from apps.seqrec.contest import (
-    EMBEDDINGS_FOLDER,
+    CANDIDATES_FILE,
     EVENTS_FILE,
     INDEXER_FILE,
     ITEMS_FILE,
-    Family,
-    FaultError,
-    find_families,
+    PREDICT_FILE,
+    REQUIRED_FILES,
     indexer_faults,
-    is_family,
-    object_vectors,
     read_indexer,
 )
+from apps.seqrec.contest_embeddings import EMBEDDINGS_FOLDER, Family, find_families, is_family, object_vectors
+from apps.seqrec.contest_join import FaultError, repeated_retrieval
 from apps.seqrec.contest_lines import (
     ITEM_FIELDS,
     USER_ARRAYS,
     USER_FIELDS,
     BadLine,
     Schema,
+    candidate_of,
     columns_of,
     item_pairs,
     lines_of,
@@ -39,10 +39,7 @@ from apps.seqrec.contest_lines import (
 from apps.seqrec.formats import DataError, Fault, Severity
 from shared.pickles import UnsafePickleError, load_pickle
 
-PREDICT_FILE, CANDIDATES_FILE = "predict_seq.jsonl", "predict_set.jsonl"
-
 _OFFSETS = {EVENTS_FILE: "seq_offsets.pkl", PREDICT_FILE: "predict_seq_offsets.pkl"}
-_REQUIRED = (EVENTS_FILE, INDEXER_FILE, ITEMS_FILE)
 _OPTIONAL = {
     "seq_offsets.pkl": "nothing to do: lines are found by their ends",
     PREDICT_FILE: "nothing to do unless you want to predict for the test users",
@@ -60,7 +57,7 @@ def check_contest(source: Path, *, limit: int = 20) -> list[Fault]:
     if not source.is_dir():
         findings.error(source, "a folder with the contest's files", "no folder at this path", "check the spelling")
         return findings.listing()
-    for name in _REQUIRED:
+    for name in REQUIRED_FILES:
         if not (source / name).is_file():
             findings.error(source / name, "the file", "no such file", f"download it into {source}")
     for name, repair in _OPTIONAL.items():
@@ -74,10 +71,11 @@ def check_contest(source: Path, *, limit: int = 20) -> list[Fault]:
             count = _check_events(source / name, known, findings)
             if (source / offsets).is_file():
                 _check_offsets(source / offsets, source / name, count, findings)
+    cold: frozenset[str] = frozenset()
     if (source / CANDIDATES_FILE).is_file():
-        _check_candidates(source / CANDIDATES_FILE, known, findings)
+        cold = _check_candidates(source / CANDIDATES_FILE, known, findings)
     if (source / EMBEDDINGS_FOLDER).is_dir():
-        _check_families(source, known, findings)
+        _check_families(source, known, cold, findings)
     return findings.listing()
 
 
@@ -315,7 +313,9 @@ def _check_user(
             item = items[n]
             if type(item) is not int or not 0 < item <= known.schema.num_items:
                 expected = f"items 1..{known.schema.num_items}"
-                warn("item_id", expected, quote(item), "nothing to do: only its features count")
+                warn(
+                    "item_id", expected, quote(item), "nothing to do: only its features count, or what a candidate has"
+                )
             if features[n]:
                 _check_features(file, number, features[n], known, ITEM_FIELDS, (), findings)
 
@@ -353,33 +353,45 @@ def _check_offsets(file: Path, lines_file: Path, num_lines: int, findings: _Find
                     findings.warn(file, None, None, "offsets at which lines begin", found, repair)
 
 
-def _check_candidates(file: Path, known: _Known | None, findings: _Findings) -> None:
+def _check_candidates(file: Path, known: _Known | None, findings: _Findings) -> frozenset[str]:
+    """Check the file of candidates and give their raw ids."""
     row = -1
+    retrieval: set[int] = set()
+    creative: set[str] = set()
     for number, line in _lines(file, findings):
         if not line:
+            repair = "nothing to do: it is left out"
+            findings.warn(file, number, None, "a candidate on every line", "a blank line", repair)
             continue
         row += 1
         try:
-            record = parse_json(line, number)
+            candidate = candidate_of(parse_json(line, number), number)
         except BadLine as error:
             findings.bad_line(file, error)
             continue
-        expected = '{"creative_id": id, "retrieval_id": row, "features": {...}}'
-        if type(record) is not dict or contest_lines.as_creative(record.get("creative_id")) is None:
-            findings.error(file, expected, quote(record), _DOWNLOAD, line=number)
-        elif type(record.get("features")) is not dict:
-            found = quote(record.get("features"))
-            findings.error(file, "an object", found, "write {feature id: value}", line=number, field="features")
-        else:
-            if record.get("retrieval_id") != row:
-                found = f"{quote(record.get('retrieval_id'))} in row {row}"
-                findings.warn(file, number, "retrieval_id", "rows counted from 0", found, "number the rows again")
-            if known is not None:
-                _check_features(file, number, record["features"], known, ITEM_FIELDS, (), findings)
+        if candidate.retrieval in retrieval:
+            fault = repeated_retrieval(file, number, candidate.retrieval)
+            findings.error(file, fault.expected, fault.found, fault.repair, line=number, field=fault.field)
+        elif candidate.retrieval != row:
+            found = f"{candidate.retrieval} in row {row}"
+            repair = "nothing to do for us; other programs need the rows numbered again"
+            findings.warn(file, number, "retrieval_id", "rows counted from 0", found, repair)
+        raw = str(candidate.creative)
+        if raw in creative:
+            repair = "nothing to do: both are ranked"
+            findings.warn(file, number, "creative_id", "each item once", f"{raw} again", repair)
+        retrieval.add(candidate.retrieval)
+        creative.add(raw)
+        if known is not None:
+            _check_features(file, number, candidate.features, known, ITEM_FIELDS, (), findings)
+    if row < 0:
+        findings.error(file, "at least one candidate", "none", _DOWNLOAD)
+    return frozenset(creative)
 
 
-def _check_families(source: Path, known: _Known | None, findings: _Findings) -> None:
+def _check_families(source: Path, known: _Known | None, cold: frozenset[str], findings: _Findings) -> None:
     folder = source / EMBEDDINGS_FOLDER
+    items = None if known is None else known.creative | cold
     for entry in sorted(folder.iterdir()):
         if not is_family(entry) and not entry.name.startswith((".", "_")):
             expected = "emb_ID_WIDTH folders with lines, emb_ID_WIDTH.pkl or .npy"
@@ -390,7 +402,7 @@ def _check_families(source: Path, known: _Known | None, findings: _Findings) -> 
     for family in families:
         if family.form == "lines":
             for file in family.files:
-                _check_embedding_lines(file, family, known, findings)
+                _check_embedding_lines(file, family, items, findings)
         elif known is not None:
             try:
                 for _ in object_vectors(family, known.schema.num_items)[1]:
@@ -402,7 +414,7 @@ def _check_families(source: Path, known: _Known | None, findings: _Findings) -> 
                 _add_unsafe(family.files[0], UnsafePickleError(str(error)), findings)
 
 
-def _check_embedding_lines(file: Path, family: Family, known: _Known | None, findings: _Findings) -> None:
+def _check_embedding_lines(file: Path, family: Family, items: frozenset[str] | None, findings: _Findings) -> None:
     assert family.width is not None
     count = 0
     for number, line in _lines(file, findings):
@@ -416,8 +428,8 @@ def _check_embedding_lines(file: Path, family: Family, known: _Known | None, fin
         count += vector is not None
         if vector is None:
             findings.warn(file, number, "emb", "an embedding", "none", "nothing to do: the item counts as without one")
-        if known is not None and (creative is None or str(creative) not in known.creative):
+        if items is not None and (creative is None or str(creative) not in items):
             repair = "nothing to do: the line is left out"
-            findings.warn(file, number, "anonymous_cid", "items of the indexer", quote(creative), repair)
+            findings.warn(file, number, "anonymous_cid", "items of the indexer or candidates", quote(creative), repair)
     if not count:
         findings.warn(file, None, None, "at least one embedding", "none", _DOWNLOAD)

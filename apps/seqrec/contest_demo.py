@@ -2,6 +2,9 @@
 
 Legend: U users of a batch, I items, C clusters, K kinds of users, T steps, W width of an embedding.
 
+The test users are some of the training users, whose histories go on, and newcomers. A few of what they meet, and of the
+candidates, are cold items: twins of known ones (same features, embedding of the same cluster) that no indexer has.
+
 Items live in clusters, users are of a few kinds and have favourite clusters. Most of the time the next item comes from
 the cluster that follows the last item's, and which one follows depends on the user's kind and on whether the last item
 was clicked; otherwise from a favourite cluster, or from anywhere. Within a cluster some items are more popular than
@@ -31,7 +34,7 @@ _FIELDS = "100 101 102 103 104 105 106 107 108 109 110 112 114 115 116 117 118 1
 _SIZES = "6 44 11136 67 2 7 13 17 4 3 2 25 17 187 18 285 745 1745 1343 49079 11151"
 VOCAB = dict(zip(_FIELDS.split(), map(int, _SIZES.split()), strict=True))
 _MARK = "contest_demo.json"
-_VERSION = 1  # of what the same arguments make
+_VERSION = 2  # of what the same arguments make
 _FORMS = ("json", "part", "pkl", "npy")  # of the families of embeddings, in turn
 _KINDS = 4
 _FAVOURITES = 3
@@ -42,9 +45,13 @@ _POPULARITY = 2.0  # of an item within its cluster: the draw's power
 _NOISE = 0.5  # of an embedding's numbers, whose cluster's are normal
 _BATCH_USERS = 4096
 _FIRST_TIME = 1_746_000_000
+_REDRAWS = 6  # of an item that was met before
 _PAUSE_S = 6 * 3600.0
 _PREDICT_USERS = 100  # at most
-_NEW_ITEM = 30_000_000_000  # raw ids from here on are in no indexer
+_PREDICT_STEP = 1 << 30  # of their draws, beyond the batches of training users
+_NEW_ITEM = 30_000_000_000  # raw ids from here on are in no indexer and no file of embeddings
+_COLD_ITEM = 25_000_000_000  # raw id of item 1's twin
+_COLD_EVERY = 20  # items have one with a twin among them
 _STEP = 2048  # embeddings are written in steps of 1 / 2048
 
 
@@ -63,7 +70,8 @@ class _World(NamedTuple):
 class _Users(NamedTuple):
     """A batch of users with their events."""
 
-    kind: list[int]
+    kind: Tensor  # [U] int64
+    favourite: Tensor  # [U, favourites] int64, clusters
     profile: list[dict[str, Any]]
     length: Tensor  # [U] int64
     item: Tensor  # [U, T] int64, from 1
@@ -159,40 +167,17 @@ def _make_world(num_items: int, seed: int) -> _World:
 def _make_users(world: _World, num_users: int, mean_length: int, seed: int, batch: int) -> _Users:
     """One batch of users, a function of (seed, batch)."""
     generator = make_generator(seed, step=batch, stream=USER_STREAM)
-    num_clusters = len(world.start) - 1
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator, dtype=torch.float64)
-
-    def integers(high: int, *shape: int) -> Tensor:
-        return torch.randint(high, shape, generator=generator)
-
-    kind = integers(_KINDS, num_users)
-    favourite = integers(num_clusters, num_users, _FAVOURITES)
+    kind = torch.randint(_KINDS, (num_users,), generator=generator)
+    favourite = torch.randint(len(world.start) - 1, (num_users, _FAVOURITES), generator=generator)
     longest = max(2, round(1.1 * mean_length))
     spread = 1 + 0.12 * torch.randn(num_users, generator=generator, dtype=torch.float64)
     length = (mean_length * spread).round().long().clamp(2, longest)
-    steps = int(length.max())
-    item = torch.empty(num_users, steps, dtype=torch.int64)
-    action = torch.empty(num_users, steps, dtype=torch.int64)
-    cluster = favourite[:, 0]
-    for t in range(steps):
-        if t:
-            wanted = favourite.gather(1, integers(_FAVOURITES, num_users, 1)).squeeze(1)
-            anywhere = integers(num_clusters, num_users)
-            jump = torch.where(uniform(num_users) < _FAVOURITE_SHARE, wanted, anywhere)
-            follow = world.follower[kind, (action[:, t - 1] > 0).long(), cluster]
-            cluster = torch.where(uniform(num_users) < _FOLLOW_SHARE, follow, jump)
-        size = world.start[cluster + 1] - world.start[cluster]
-        rank = (uniform(num_users).pow(_POPULARITY) * size).long().clamp(max=size - 1)
-        item[:, t] = world.member[world.start[cluster] + rank] + 1
-        is_favourite = (favourite == cluster[:, None]).any(1)
-        clicked = uniform(num_users) < torch.where(is_favourite, _FAVOURITE_CLICK_SHARE, _CLICK_SHARE)
-        action[:, t] = clicked.long() + (clicked & (uniform(num_users) < _CONVERSION_SHARE))
-    pause = 1 + (-_PAUSE_S * torch.log1p(-uniform(num_users, steps))).long()
-    time = _FIRST_TIME + (uniform(num_users, 1) * 30 * 86_400).long() + pause.cumsum(1)
+    item, action = _walk(world, kind, favourite, int(length.max()), generator, after=None)
+    pause = _pauses(item.shape, generator)
+    first = torch.rand(num_users, 1, generator=generator, dtype=torch.float64) * 30 * 86_400
+    time = _FIRST_TIME + first.long() + pause.cumsum(1)
     sizes = world.vocab
-    noise = integers(1 << 30, num_users, 5).tolist()
+    noise = torch.randint(1 << 30, (num_users, 5), generator=generator).tolist()
     profile = [
         {
             "103": (k * 13 + noise[u][0] % 13) % sizes["103"] + 1,
@@ -206,7 +191,62 @@ def _make_users(world: _World, num_users: int, mean_length: int, seed: int, batc
         }
         for u, (k, liked) in enumerate(zip(kind.tolist(), favourite.tolist(), strict=True))
     ]
-    return _Users(kind.tolist(), profile, length, item, action, time)
+    return _Users(kind, favourite, profile, length, item, action, time)
+
+
+def _walk(
+    world: _World,
+    kind: Tensor,
+    favourite: Tensor,
+    steps: int,
+    generator: torch.Generator,
+    *,
+    after: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """Items and actions of so many steps of users, both [U, T], after events of these clusters and actions, if any."""
+    num_users, num_clusters = len(kind), len(world.start) - 1
+
+    def uniform() -> Tensor:
+        return torch.rand(num_users, generator=generator, dtype=torch.float64)
+
+    item = torch.zeros(num_users, steps, dtype=torch.int64)
+    action = torch.empty(num_users, steps, dtype=torch.int64)
+    for t in range(steps):
+        if after is None:
+            cluster = favourite[:, 0]
+        else:
+            cluster, last_action = after
+            some = torch.randint(_FAVOURITES, (num_users, 1), generator=generator)
+            anywhere = torch.randint(num_clusters, (num_users,), generator=generator)
+            jump = torch.where(uniform() < _FAVOURITE_SHARE, favourite.gather(1, some).squeeze(1), anywhere)
+            follow = world.follower[kind, (last_action > 0).long(), cluster]
+            cluster = torch.where(uniform() < _FOLLOW_SHARE, follow, jump)
+        size = world.start[cluster + 1] - world.start[cluster]
+        again = torch.ones(num_users, dtype=torch.bool)
+        for _ in range(_REDRAWS):  # most people meet an ad once
+            rank = (uniform().pow(_POPULARITY) * size).long().clamp(max=size - 1)
+            found = world.member[world.start[cluster] + rank] + 1
+            item[:, t] = torch.where(again, found, item[:, t])
+            again = (item[:, :t] == item[:, t : t + 1]).any(1)
+        is_favourite = (favourite == cluster[:, None]).any(1)
+        clicked = uniform() < torch.where(is_favourite, _FAVOURITE_CLICK_SHARE, _CLICK_SHARE)
+        action[:, t] = clicked.long() + (clicked & (uniform() < _CONVERSION_SHARE))
+        after = cluster, action[:, t]
+    return item, action
+
+
+def _pauses(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Seconds between events."""
+    return 1 + (-_PAUSE_S * torch.log1p(-torch.rand(*shape, generator=generator, dtype=torch.float64))).long()
+
+
+def _gone_on(world: _World, users: _Users, generator: torch.Generator) -> _Users:
+    """What the users do after their last events, as many events again."""
+    last = (users.length - 1)[:, None]
+    item, action, time = (values.gather(1, last) for values in (users.item, users.action, users.time))
+    after = world.cluster[item.squeeze(1) - 1], action.squeeze(1)
+    item, action = _walk(world, users.kind, users.favourite, users.item.shape[1], generator, after=after)
+    return users._replace(item=item, action=action, time=time + _pauses(item.shape, generator).cumsum(1))
 
 
 def _records(users: _Users, u: int) -> tuple[list[int], list[int], list[int]]:
@@ -273,29 +313,40 @@ def _irregular_line(
 
 
 def _predict_lines(world: _World, num_users: int, mean_length: int, seed: int) -> Iterator[bytes]:
-    """Users after the last training batch, some of whom and of whose items are new."""
-    count = min(_PREDICT_USERS, num_users)
-    users = _make_users(world, count, mean_length, seed, 1 << 30)
-    for u in range(count):
-        user = f"user_{u + 1:08d}" if u % 4 else f"newcomer_{u + 1}"
-        items, actions, times = _records(users, u)
-        records: list[list[Any]] = [[user, None, users.profile[u], None, None, times[-1] + 86_400]]
-        for n, (item, action, time) in enumerate(zip(items, actions, times, strict=True)):
-            features = json.loads(world.features[item - 1])
-            if (u + n) % 10 == 0:
-                features["102"] = "1020099999"
-                item = _NEW_ITEM + u * 1000 + n
-            records.append([user, item, None, features, action, time])
+    """Training users some time later, and newcomers; what each does next is a step like all others."""
+    users = _make_users(world, min(_BATCH_USERS, num_users), mean_length, seed, 0)
+    later = _gone_on(world, users, make_generator(seed, step=_PREDICT_STEP, stream=USER_STREAM))
+    for u in range(min(_PREDICT_USERS, num_users)):
+        is_new = u % 4 == 0
+        user = f"newcomer_{u + 1}" if is_new else f"user_{u + 1:08d}"
+        n = int(users.length[u])
+        before = zip(*_records(users, u), strict=True)
+        events = list(zip(*_records(later, u), strict=True))
+        if not is_new:
+            events = [*before, *events[: n // 2 + 1]][-n:]
+        records: list[list[Any]] = [[user, None, users.profile[u], None, None, events[-1][2] + 86_400]]
+        for m, (item, action, time) in enumerate(events):
+            raw, features = item, json.loads(world.features[item - 1])
+            if (u + m) % 10 == 0:
+                raw, features["102"] = _NEW_ITEM + u * 1000 + m, "1020099999"
+            elif m % 2 and (item - 1) % _COLD_EVERY == 0:
+                raw, features = _twin(world, item - 1)
+            records.append([user, raw, None, features, action, time])
         yield json.dumps(records).encode() + b"\n"
 
 
+def _twin(world: _World, n: int) -> tuple[int, dict[str, Any]]:
+    """Raw id and features of the cold item that is like item n + 1."""
+    return _COLD_ITEM + n, {**json.loads(world.features[n]), "111": "1110099999"}
+
+
 def _candidates(world: _World) -> Iterator[dict[str, Any]]:
-    """Every second item, and one new item for every ten of them."""
-    for item in range(0, len(world.creative), 2):
-        features = json.loads(world.features[item])
-        yield {"creative_id": world.creative[item], "features": features}
-        if item % 20 == 0:
-            yield {"creative_id": _NEW_ITEM - 1 - item, "features": {**features, "111": "1110099999"}}
+    """Every second item, and one cold item for every ten of them."""
+    for n in range(0, len(world.creative), 2):
+        yield {"creative_id": world.creative[n], "features": json.loads(world.features[n])}
+        if n % _COLD_EVERY == 0:
+            raw, features = _twin(world, n)
+            yield {"creative_id": raw, "features": features}
 
 
 # Files
@@ -344,7 +395,8 @@ def _write_indexer(path: Path, world: _World, num_users: int) -> None:
 
 def _write_family(folder: Path, n: int, family: int, width: int, world: _World, seed: int, *, irregular: bool) -> None:
     form = _FORMS[n % len(_FORMS)]
-    ids = world.creative
+    num_items = len(world.creative)
+    ids = world.creative + [_COLD_ITEM + item for item in range(0, num_items, _COLD_EVERY)]
     rows = _embedding_rows(world, family, width, seed)
     folder.mkdir(exist_ok=True)
     if form in ("json", "part"):
@@ -362,21 +414,22 @@ def _write_family(folder: Path, n: int, family: int, width: int, world: _World, 
         with atomic_writer(folder / f"emb_{family}_{width}.pkl") as file:
             _write_pickle(file, {raw: list(map(float, values)) for raw, values in zip(ids, rows, strict=True)})
     else:
-        header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({len(ids) + 1}, {width}), }}"
+        header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({num_items + 1}, {width}), }}"
         header += " " * (-(len(header) + 11) % 64) + "\n"
         name = folder / ("81.npy" if (family, width) == (81, 32) else f"emb_{family}_{width}.npy")
         with atomic_writer(name) as file:
             file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + bytes(4 * width))
-            for values in rows:
+            for values in itertools.islice(rows, num_items):
                 file.write(struct.pack(f"<{width}f", *map(float, values)))
 
 
 def _embedding_rows(world: _World, family: int, width: int, seed: int) -> Iterator[list[str]]:
-    """Every item's numbers as text: the vector of its cluster with noise."""
+    """Every item's numbers as text, and then every cold one's: the vector of its cluster with noise."""
     texts = [f"{k / _STEP:.6g}" for k in range(-4 * _STEP, 4 * _STEP + 1)]
     vectors = make_generator(seed, epoch=family, stream=EMBEDDING_STREAM)
     centre = torch.randn(len(world.start) - 1, width, generator=vectors)
-    for step, cluster in enumerate(torch.split(world.cluster, 1024)):
+    cold = world.cluster[::_COLD_EVERY]
+    for step, cluster in enumerate([*torch.split(world.cluster, 1024), *torch.split(cold, 1024)]):
         noise = make_generator(seed, epoch=family, step=step + 1, stream=EMBEDDING_STREAM)
         value = centre[cluster] + _NOISE * torch.randn(len(cluster), width, generator=noise)
         for row in ((value.clamp(-4, 4) + 4) * _STEP).round().long().tolist():

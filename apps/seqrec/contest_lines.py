@@ -31,6 +31,7 @@ USER_FIELDS = ("103", "104", "105", "109")
 USER_ARRAYS = ("106", "107", "108", "110")
 ITEM_FIELDS = ("100", "101", "102", "111", "112", "114", "115", "116", "117", "118", "119", "120", "121", "122")
 RECORD = ("user_id", "item_id", "user_feat", "item_feat", "action_type", "timestamp")
+CANDIDATE = ("creative_id", "retrieval_id", "features")
 CREATIVE_KEYS = ("anonymous_cid", "creative_id")  # what embedding files call the item
 
 MAX_LINE_BYTES = 64 << 20
@@ -259,6 +260,7 @@ class _Events:
         self.item, self.action, self.time = array("i"), array("b"), array("q")
         self.profile_time = array("q")
         self.own_event, self.own_feature = array("q"), array("i")
+        self.unknown_event, self.unknown_item = array("q"), array("q")  # raw ids, by which candidates are found
         self.waiting: list[dict[str, Any]] = []  # features of the last events
         self.profiles: list[dict[str, Any]] = []
 
@@ -294,6 +296,11 @@ class _Events:
             clean_items = array("i", [clean_items[n] for n in order])
             clean_actions = array("b", [clean_actions[n] for n in order])
             dicts = [dicts[n] for n in order]
+        if 0 in clean_items:
+            for n, k in enumerate(order):
+                if clean_items[n] == 0 and (raw := as_creative(items[k])) is not None:
+                    self.unknown_event.append(len(self.item) + n)
+                    self.unknown_item.append(raw)
         self.length.append(len(order))
         self.counts["users without events"] += not order
         self.time.extend(clean_times)
@@ -324,7 +331,7 @@ class _Events:
     def flush(self) -> None:
         """Encode the features that wait, and keep those that differ from their item's row of the table."""
         dicts, fields = self.waiting, self.item_fields
-        self._look_for_unknown("item", dicts, fields)
+        _add_unknown(self.unknown["item"], dicts, fields)
         rows = encode_features(dicts, fields, self.schema.vocab, self.counts)
         width = 4 * len(fields)
         data, table = rows.tobytes(), self.table
@@ -336,12 +343,8 @@ class _Events:
                 self.own_feature.frombytes(row)
         self.waiting = []
 
-    def _look_for_unknown(self, kind: str, dicts: Sequence[dict[str, Any]], known: Iterable[str]) -> None:
-        names = set().union(*dicts) - set(known) - self.unknown[kind]
-        self.unknown[kind] |= set(sorted(names)[: _MAX_NAMES - len(self.unknown[kind])])
-
     def arrays(self) -> dict[str, "array[Any]"]:
-        self._look_for_unknown("user", self.profiles, (*self.user_fields, *self.user_arrays))
+        _add_unknown(self.unknown["user"], self.profiles, (*self.user_fields, *self.user_arrays))
         found: dict[str, array[Any]] = {
             "length": self.length,
             "user": self.user,
@@ -351,6 +354,8 @@ class _Events:
             "time": self.time,
             "own_event": self.own_event,
             "own_feature": self.own_feature,
+            "unknown_event": self.unknown_event,
+            "unknown_item": self.unknown_item,
             "profile_time": self.profile_time,
             "user_feature": encode_features(self.profiles, self.user_fields, self.schema.vocab, self.counts),
         }
@@ -360,6 +365,12 @@ class _Events:
             found[f"user_{field}_length"] = array("i", map(len, lists))
             found[f"user_{field}"] = encode_features(values, (field,), self.schema.vocab, self.counts)
         return found
+
+
+def _add_unknown(names: set[str], dicts: Iterable[Mapping[str, Any]], known: Iterable[str]) -> None:
+    """Add to `names`, in place, the features of dictionaries that are not known; of very many the first ones."""
+    found = set().union(*dicts) - set(known) - names
+    names |= set(sorted(found)[: _MAX_NAMES - len(names)])
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -449,7 +460,7 @@ def encode_items(source: Path, table: Path, target: Path, schema: Schema) -> Rep
                     dicts.append(features)
                 else:
                     counts["features of unknown items"] += 1
-            unknown |= set(sorted(set().union(*dicts) - set(fields) - unknown)[: _MAX_NAMES - len(unknown)])
+            _add_unknown(unknown, dicts, fields)
             data = encode_features(dicts, fields, schema.vocab, counts).tobytes()
             for n, item in enumerate(items):
                 rows[item * width : (item + 1) * width] = data[n * width : (n + 1) * width]
@@ -567,6 +578,66 @@ class _Text:
             if is_final or not self._more():
                 repair = "the file is cut or damaged: restore it"
                 raise BadLine(self.line, None, "a complete JSON value", fault, repair)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Candidates
+
+
+def encode_candidates(source: Path, start: int, end: int, target: Path, schema: Schema) -> Report:
+    """Write the part of a block of candidates' lines: raw item ids, retrieval ids and features."""
+    fields = schema.fields(ITEM_FIELDS)
+    creative, retrieval, feature = array("q"), array("q"), array("i")
+    counts: Counter[str] = Counter()
+    unknown: set[str] = set()
+    waiting: list[dict[str, Any]] = []
+
+    def flush() -> None:
+        _add_unknown(unknown, waiting, fields)
+        feature.extend(encode_features(waiting, fields, schema.vocab, counts))
+        waiting.clear()
+
+    number = 0
+    for number, line in lines_of(source, start, end):
+        if line:
+            candidate = candidate_of(parse_json(line, number), number)
+            creative.append(candidate.creative)
+            retrieval.append(candidate.retrieval)
+            waiting.append(candidate.features)
+        if len(waiting) == _FLUSH_EVENTS:
+            flush()
+    flush()
+    report = Report(number, dict(counts), {"item": sorted(unknown)})
+    write_part(target, {"creative": creative, "retrieval": retrieval, "feature": feature}, report)
+    return report
+
+
+class Candidate(NamedTuple):
+    """A line of the file of candidates."""
+
+    creative: int
+    retrieval: int
+    features: dict[str, Any]
+
+
+def candidate_of(record: Any, number: int) -> Candidate:
+    """The candidate that a line's value describes; raises BadLine."""
+    form = '{"creative_id": id, "retrieval_id": row, "features": {...}}'
+    if type(record) is not dict:
+        raise BadLine(number, None, form, quote(record), "write one object per line")
+    for name in CANDIDATE:
+        if name not in record:
+            raise BadLine(number, name, form, f"keys {quote(sorted(record)[:5])}", "complete the line")
+    creative, retrieval, features = (record[name] for name in CANDIDATE)
+    raw = as_creative(creative)
+    if raw is None or type(creative) is bool:
+        raise BadLine(number, "creative_id", "an integer", quote(creative), "write the item's raw id")
+    if type(retrieval) is not int or not 0 <= retrieval < _INT64:
+        repair = "number the rows again, from 0"
+        raise BadLine(number, "retrieval_id", "an integer from 0", quote(retrieval), repair)
+    if type(features) is not dict:
+        raise BadLine(number, "features", "an object", quote(features), "write {feature id: value}")
+    return Candidate(raw, retrieval, features)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

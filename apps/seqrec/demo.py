@@ -14,11 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from apps.seqrec.contest_demo import write_contest
 from apps.seqrec.dataset import Sequences
 from shared.files import atomic_write_text, tensor_crc32
 from shared.seed import make_generator
 
 NAME = "demo.txt"
+CONTEST_USERS, CONTEST_ITEMS, CONTEST_LENGTH, CONTEST_SEED = 4000, 1000, 40, 7
 
 _CLUSTER_ITEMS = 30
 _FAVOURITES = 3
@@ -123,8 +125,8 @@ def demo_sequences(*, num_users: int = 8000, num_items: int = 400, seed: int = 7
     )
 
 
-def write_demo(folder: Path) -> Path:
-    """The path of the demo data as SASRec text with times, in `folder`; an equal file is left alone."""
+def write_text(folder: Path) -> Path:
+    """The path of `demo_sequences` as SASRec text with times, in `folder`; an equal file is left alone."""
     sequences = demo_sequences()
     assert sequences.time is not None
     user = sequences.user_of_event + 1
@@ -135,3 +137,13 @@ def write_demo(folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write_text(path, text)
     return path
+
+
+def write_demo(folder: Path) -> Path:
+    """The folder, with demo data in the form of the contest: events, features, profiles, embeddings, test files.
+
+    Equal data is left alone. contest_demo.py says what can be learned from it.
+    """
+    return write_contest(
+        folder, num_users=CONTEST_USERS, num_items=CONTEST_ITEMS, mean_length=CONTEST_LENGTH, seed=CONTEST_SEED
+    )

@@ -4,6 +4,8 @@ Legend: N positions with a target, D embedding dim, I items (row 0 is padding), 
 
 None of them gathers many negatives per position, which costs many times a matrix product with negatives that all
 positions share. Scores are dot products; cosine and temperature are applied to both sides before.
+
+Positions may have weights: the loss is then the sum of weight times loss over the number of positions.
 """
 
 from collections.abc import Callable
@@ -31,7 +33,14 @@ class _CrossEntropy(torch.autograd.Function):
     """Sum of cross-entropies; forward computes both gradients too, so that each chunk of logits is made once."""
 
     @staticmethod
-    def forward(ctx: Any, query_ND: Tensor, item_CD: Tensor, target_N: Tensor, bias_C: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        query_ND: Tensor,
+        item_CD: Tensor,
+        target_N: Tensor,
+        bias_C: Tensor | None,
+        weight_N: Tensor | None,
+    ) -> Tensor:
         device = query_ND.device.type
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query_ND.dtype
         query, item = query_ND.to(low), item_CD.to(low)
@@ -47,11 +56,12 @@ class _CrossEntropy(torch.autograd.Function):
                 if bias_C is not None:
                     logits += bias_C
                 log_p = torch.log_softmax(logits, dim=1)
-                total -= log_p.gather(1, target).sum()
+                weight = None if weight_N is None else weight_N[begin : begin + rows, None]
+                total -= weighted(log_p.gather(1, target), weight).sum()
                 if wants_gradient:  # d loss / d logits = softmax - onehot
                     residual = log_p.exp_()
                     residual.scatter_add_(1, target, residual.new_full((1, 1), -1.0).expand_as(target))
-                    residual = residual.to(low)
+                    residual = weighted(residual, weight).to(low)
                     grad_query[begin : begin + rows] = torch.mm(residual, item)
                     grad_item += torch.mm(residual.t(), part)
         ctx.save_for_backward(grad_query, grad_item)
@@ -59,27 +69,47 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_query, grad_item = ctx.saved_tensors
-        return grad_query * grad, grad_item * grad, None, None
+        return grad_query * grad, grad_item * grad, None, None, None
 
 
-def cross_entropy(query_ND: Tensor, item_CD: Tensor, target_N: Tensor, *, bias_C: Tensor | None = None) -> Tensor:
+def weighted(x: Tensor, weight: Tensor | None) -> Tensor:
+    """The values times their weights, where there are any."""
+    return x if weight is None else x * weight
+
+
+def cross_entropy(
+    query_ND: Tensor,
+    item_CD: Tensor,
+    target_N: Tensor,
+    *,
+    bias_C: Tensor | None = None,
+    weight_N: Tensor | None = None,
+) -> Tensor:
     """Mean cross-entropy over the rows of `item_CD` in bounded memory: logits exist one chunk at a time.
 
     `target_N` ([N] int64) indexes rows of `item_CD`; `bias_C` is added to the logits (logQ) and gets no gradient.
     """
-    total: Tensor = _CrossEntropy.apply(query_ND, item_CD, target_N, bias_C)  # type: ignore[no-untyped-call]
+    total: Tensor = _CrossEntropy.apply(query_ND, item_CD, target_N, bias_C, weight_N)  # type: ignore[no-untyped-call]
     return total / max(1, target_N.numel())
 
 
-def full_cross_entropy(query_ND: Tensor, item_ID: Tensor, target_N: Tensor) -> Tensor:
+def full_cross_entropy(
+    query_ND: Tensor, item_ID: Tensor, target_N: Tensor, *, weight_N: Tensor | None = None
+) -> Tensor:
     """Mean cross-entropy over the whole catalogue; `target_N` holds item ids, padding is no candidate."""
-    return cross_entropy(query_ND, item_ID[1:], target_N - 1)
+    return cross_entropy(query_ND, item_ID[1:], target_N - 1, weight_N=weight_N)
 
 
 def in_batch_cross_entropy(
-    query_ND: Tensor, item_ID: Tensor, target_N: Tensor, candidate_C: Tensor, *, log_q_I: Tensor | None
+    query_ND: Tensor,
+    item_ID: Tensor,
+    target_N: Tensor,
+    candidate_C: Tensor,
+    *,
+    log_q_I: Tensor | None,
+    weight_N: Tensor | None = None,
 ) -> Tensor:
     """Mean cross-entropy over the distinct targets of the step, corrected by how often each item is a target.
 
@@ -90,7 +120,7 @@ def in_batch_cross_entropy(
     """
     target = torch.searchsorted(candidate_C, target_N)
     bias = None if log_q_I is None else -log_q_I[candidate_C]
-    return cross_entropy(query_ND, F.embedding(candidate_C, item_ID), target, bias_C=bias)
+    return cross_entropy(query_ND, F.embedding(candidate_C, item_ID), target, bias_C=bias, weight_N=weight_N)
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -105,7 +135,13 @@ def shared_logits(query_ND: Tensor, item_ID: Tensor, target_N: Tensor, negative_
 
 
 def sampled_softmax(
-    query_ND: Tensor, item_ID: Tensor, target_N: Tensor, negative_K: Tensor, *, log_q_I: Tensor | None = None
+    query_ND: Tensor,
+    item_ID: Tensor,
+    target_N: Tensor,
+    negative_K: Tensor,
+    *,
+    log_q_I: Tensor | None = None,
+    weight_N: Tensor | None = None,
 ) -> Tensor:
     """Mean cross-entropy of the target among itself and K shared negatives ([K] int64 item ids).
 
@@ -115,28 +151,39 @@ def sampled_softmax(
     correction it is the full cross-entropy.
     """
 
-    def part(query: Tensor, target: Tensor) -> Tensor:
+    def part(query: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         positive = at_least_fp32((query * F.embedding(target, item_ID)).sum(1, keepdim=True))
         negative = shared_logits(query, item_ID, target, negative_K)
         if log_q_I is not None:
             negative = negative - log_q_I[negative_K]
-        return (torch.logsumexp(torch.cat((positive, negative), dim=1), dim=1) - positive.squeeze(1)).sum()
+        loss = torch.logsumexp(torch.cat((positive, negative), dim=1), dim=1) - positive.squeeze(1)
+        return weighted(loss, weight).sum()
 
-    return sum_of_chunks(part, query_ND, target_N, columns=negative_K.numel()) / max(1, target_N.numel())
+    return sum_of_chunks(part, query_ND, target_N, weight_N, columns=negative_K.numel()) / max(1, target_N.numel())
 
 
-def binary_cross_entropy(query_ND: Tensor, item_ID: Tensor, target_N: Tensor, negative_N: Tensor) -> Tensor:
+def binary_cross_entropy(
+    query_ND: Tensor, item_ID: Tensor, target_N: Tensor, negative_N: Tensor, *, weight_N: Tensor | None = None
+) -> Tensor:
     """SASRec's loss: one positive and one negative per position, mean over positions.
 
     One negative per position costs as much as the positive's own lookup; more of them are shared (`gbce`).
     """
     positive = at_least_fp32((query_ND * F.embedding(target_N, item_ID)).sum(1))
     negative = at_least_fp32((query_ND * F.embedding(negative_N, item_ID)).sum(1))
-    return (F.softplus(-positive) + F.softplus(negative)).sum() / max(1, target_N.numel())
+    loss = F.softplus(-positive) + F.softplus(negative)
+    return weighted(loss, weight_N).sum() / max(1, target_N.numel())
 
 
 def generalised_bce(
-    query_ND: Tensor, item_ID: Tensor, target_N: Tensor, negative_K: Tensor, *, num_items: int, t: float
+    query_ND: Tensor,
+    item_ID: Tensor,
+    target_N: Tensor,
+    negative_K: Tensor,
+    *,
+    num_items: int,
+    t: float,
+    weight_N: Tensor | None = None,
 ) -> Tensor:
     """gBCE (Petrov and Macdonald 2023, eq. 12-13): the positive's probability to the power beta, K shared negatives.
 
@@ -145,21 +192,26 @@ def generalised_bce(
     rate = min(1.0, negative_K.numel() / max(1, num_items - 1))
     beta = rate * (t * (1 - 1 / rate) + 1 / rate)
 
-    def part(query: Tensor, target: Tensor) -> Tensor:
+    def part(query: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         positive = at_least_fp32((query * F.embedding(target, item_ID)).sum(1))
         negative = shared_logits(query, item_ID, target, negative_K)
-        return beta * F.softplus(-positive).sum() + F.softplus(negative).sum()
+        return weighted(beta * F.softplus(-positive) + F.softplus(negative).sum(1), weight).sum()
 
-    return sum_of_chunks(part, query_ND, target_N, columns=negative_K.numel()) / max(1, target_N.numel())
+    return sum_of_chunks(part, query_ND, target_N, weight_N, columns=negative_K.numel()) / max(1, target_N.numel())
 
 
 def sum_of_chunks(
-    part: Callable[[Tensor, Tensor], Tensor], query_ND: Tensor, target_N: Tensor, *, columns: int
+    part: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    query_ND: Tensor,
+    target_N: Tensor,
+    weight_N: Tensor | None,
+    *,
+    columns: int,
 ) -> Tensor:
-    """Sum of `part(query, target)` over chunks of rows; logits are recomputed in backward where there are several."""
+    """Sum of `part(query, target, weight)` over chunks of rows; where they are several, backward makes logits anew."""
     rows = max(16, SHARED_CHUNK_BYTES // (4 * max(1, columns)))
     if target_N.numel() <= rows:
-        total: Tensor = part(query_ND, target_N)
-        return total
-    pieces = zip(torch.split(query_ND, rows), torch.split(target_N, rows), strict=True)
-    return torch.stack([checkpoint(part, query, target, use_reentrant=False) for query, target in pieces]).sum()
+        return part(query_ND, target_N, weight_N)
+    weights = [None] * -(-target_N.numel() // rows) if weight_N is None else torch.split(weight_N, rows)
+    pieces = zip(torch.split(query_ND, rows), torch.split(target_N, rows), weights, strict=True)
+    return torch.stack([checkpoint(part, *piece, use_reentrant=False) for piece in pieces]).sum()

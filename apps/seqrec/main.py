@@ -8,9 +8,10 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -21,6 +22,9 @@ from shared import cli
 from shared.config import ConfigError, Resolved, dump_yaml
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from apps.seqrec.contest import Contest
     from apps.seqrec.dataset import Sequences
     from apps.seqrec.model import SeqRec
     from apps.seqrec.train import Components, Start
@@ -34,6 +38,7 @@ VERBS = ("train", "evaluate", "predict", "prepare", "check", "export")
 VERB_ALIASES = {"state-dict-path": "weights"}
 DEMO_NOTE = "demo data: generated sequences with a hidden structure, not a real data set"
 DEMO_MARK = " (demo data)"
+MAX_COLUMNS = 6  # of metrics: what fits a terminal
 
 typer_app = cli.make_app(
     APP, "Train, evaluate and use sequential recommenders: SASRec and HSTU blocks in plain PyTorch."
@@ -81,7 +86,7 @@ def without_local_rank(argv: Sequence[str]) -> list[str]:
 
 
 def inference_only_as_verb(argv: Sequence[str]) -> list[str]:
-    """The words, with the original's `--inference_only [True|False]` turned into the verb `evaluate`."""
+    """The words, with the original's `--inference_only [True|False]` turned into the verb `predict`."""
     words = list(argv)
     for index, word in enumerate(words):
         name, _, value = word.partition("=")
@@ -92,7 +97,7 @@ def inference_only_as_verb(argv: Sequence[str]) -> list[str]:
             value = words.pop(index)
         if value.lower() == "false":
             return words
-        return ["evaluate", *(words[1:] if words[:1] == ["train"] else words)]
+        return ["predict", *(words[1:] if words[:1] == ["train"] else words)]
     return words
 
 
@@ -175,6 +180,8 @@ def run_training(
         if is_demo:
             log.info(f"This is {DEMO_NOTE}; use --data-path for your own.")
         log.info(describe_run(c, run_dir))
+        for warning in warnings_on(c):
+            log.warn(warning)
         if resume is not None and start is None:
             log.warn(f"{run_dir} holds no checkpoint yet: starting from step 0")
         total = settings.max_steps or settings.epochs * c.steps_per_epoch
@@ -192,7 +199,7 @@ def run_training(
 
             try:
                 outcome = training.fit(c, run_dir, log=log, stop=stop, start=start, on_step=on_step)
-            except NonFiniteError as error:  # in all processes alike
+            except (NonFiniteError, training.DeadModelError) as error:  # in all processes alike
                 log.warn(str(error))
                 distributed.leave(group)
                 raise typer.Exit(1) from None
@@ -215,6 +222,24 @@ def run_training(
         build_report(run_dir)
         log.info(f"run folder: {run_dir}; look at it: open {run_dir / 'report.html'} in a browser")
     print_table(console, result)
+
+
+def warnings_on(c: "Components") -> list[str]:
+    """What the configuration asks for that misleads, or that the data has not got."""
+    config, sequences = c.config, c.sequences
+    found = []
+    if config.model.query_time and sequences.time is not None:
+        found.append(
+            "--query-time tells the model when the next item is asked for. In validation and test that is the target's "
+            "own time, which leaks: compare such metrics with no others"
+        )
+    if config.model.query_time and sequences.time is None:
+        found.append(f"--query-time has no effect: {sequences.name} has no times")
+    if config.model.time_input and sequences.time is None:
+        found.append(f"--time-input has no effect: {sequences.name} has no times")
+    if sequences.action is None and len(set(config.training.action_weights)) > 1:
+        found.append(f"--action-weights has no effect: {sequences.name} has no actions")
+    return found
 
 
 def newest_start(c: "Components", run_dir: Path, *, say: Callable[[str], None]) -> "Start | None":
@@ -248,23 +273,48 @@ def describe_run(c: "Components", run_dir: Path) -> str:
 
 
 def load_data(config: Config, runs_dir: Path) -> tuple["Sequences", bool]:
-    """The sequences of --data-path, or the demo data; and whether they are demo data."""
-    from apps.seqrec.contest import is_contest, is_contest_pack, read_contest
-    from apps.seqrec.demo import write_demo
+    """The sequences of --data-path, or the demo data, with what is held out; and whether they are demo data."""
+    from apps.seqrec.contest_features import training_sequences
+    from apps.seqrec.dataset import hold_out_time, hold_out_users, without_features
     from apps.seqrec.formats import read_sequences
 
+    contest = load_contest(config, runs_dir)
+    if contest is not None:
+        sequences = training_sequences(contest)
+        if not config.model.features:
+            sequences = without_features(sequences)
+    else:
+        sequences = read_sequences(Path(str(config.data.data_path)), format=config.data.format)
+    if config.data.split == "user":
+        held_out = hold_out_users(sequences, share=config.data.held_out_share, seed=config.training.seed)
+        sequences = replace(sequences, held_out=held_out)
+    elif config.data.split == "time":
+        sequences = replace(sequences, held_out=hold_out_time(sequences, share=config.data.held_out_share))
+    return sequences, config.data.data_path is None
+
+
+def load_contest(config: Config, runs_dir: Path) -> "Contest | None":
+    """The packs of a contest folder at --data-path, or of the demo data; None where the path is something else."""
+    from apps.seqrec.contest import is_contest, is_contest_pack, prepare_contest, read_contest
+    from apps.seqrec.demo import write_demo
+    from apps.seqrec.formats import DataError
+
     if config.data.data_path is None:
-        return read_sequences(write_demo(runs_dir / APP / "demo-data")), True
+        source, pack = write_demo(runs_dir / APP / "demo-data"), runs_dir / APP / "demo-pack"
+        try:
+            return read_contest(pack)
+        except DataError:  # absent, or made of other demo data
+            return prepare_contest(source, pack, workers=1)
     path = Path(config.data.data_path)
     if is_contest_pack(path):
-        return read_contest(path).sequences, False
+        return read_contest(path)
     if is_contest(path):
         output = shlex.quote(f"{path.name or 'contest'}-pack")
         raise ConfigError(
             f"{path} is in the contest form, which is converted once: "
             f"{PROG} prepare {shlex.quote(str(path))} {output}; then train with --data-path {output}"
         )
-    return read_sequences(path, format=config.data.format), False
+    return None
 
 
 @typer_app.command()
@@ -297,7 +347,7 @@ def evaluate(
         columns, rows = result_table(metrics, baselines(sequences, stage, config=config))
         part = {
             "title": f"{stage}, {path}",
-            "protocol": protocol_text(sequences, stage, config.training.protocol),
+            "protocol": protocol_text(sequences, stage, config),
             "table_columns": columns,
             "table": rows,
             "notes": [DEMO_NOTE] if is_demo else [],
@@ -323,22 +373,76 @@ def predict(
         bool,
         typer.Option("--keep-seen/--drop-seen", help="Also recommend items of the history.", rich_help_panel="Run"),
     ] = False,
+    test_users: Annotated[
+        bool,
+        typer.Option(
+            "--test-users/--training-users",
+            help="For the users of predict_seq.jsonl, where the data has them.",
+            rich_help_panel="Run",
+        ),
+    ] = True,
+    candidates: Annotated[
+        bool,
+        typer.Option(
+            "--candidates/--all-items",
+            help="Rank the candidates of predict_set.jsonl, where the data has them.",
+            rich_help_panel="Run",
+        ),
+    ] = True,
+    cold: Annotated[
+        bool,
+        typer.Option("--cold/--no-cold", help="Also rank candidates that training never met.", rich_help_panel="Run"),
+    ] = True,
+    vectors: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for queries.fbin, items.fbin and items.u64bin as well, for use with faiss.",
+            rich_help_panel="Run",
+        ),
+    ] = None,
 ) -> None:
     """Write the k best next items of every user, exactly ranked, after the whole history."""
+    from apps.seqrec.contest_features import chosen_candidates, query_sequences
+    from apps.seqrec.dataset import without_features
     from apps.seqrec.evaluate import predict as ranked
     from apps.seqrec.train import use_packed
     from shared.files import atomic_writer
     from shared.progress import Bar
 
     cli.output_file(output)
+    if vectors is not None:
+        cli.output_file(vectors / "queries.fbin")
     config, sequences, model, path, is_demo = load_model(resolved, run, weights, runs_dir)
+    contest = load_contest(config, runs_dir)
+    if test_users and contest is not None and contest.queries is not None:
+        sequences = query_sequences(contest)
+        if model.tower is None:
+            sequences = without_features(sequences)
+        model.use_features(sequences.features)
+    items = Items(None, None, sequences.item_ids, f"{sequences.num_items:,} items")
+    if candidates and contest is not None and contest.candidates is not None:
+        # without features nothing is known of a cold one
+        chosen = chosen_candidates(contest.candidates, cold=cold and model.tower is not None)
+        names = tuple(str(raw) for raw in contest.candidates.creative[chosen].tolist())
+        retrieval = contest.candidates.retrieval[chosen]
+        items = Items(contest.candidates.row[chosen].long(), retrieval, names, f"{len(names):,} candidates")
     packed = use_packed(config.data.layout, model.item.weight.device)
     lines = 0
     with atomic_writer(output) as file, Bar(total=sequences.num_users, description="predict", unit="users") as bar:
-        chunks = ranked(model, sequences, k=k, config=config, packed=packed, keep_seen=keep_seen, on_users=bar.reach)
-        for users, items, scores in chunks:
-            for user, row, values in zip(users.tolist(), items.tolist(), scores.tolist(), strict=True):
-                found = [(sequences.item_ids[i - 1], value) for i, value in zip(row, values, strict=True) if i > 0]
+        chunks = ranked(
+            model,
+            sequences,
+            k=k,
+            config=config,
+            packed=packed,
+            keep_seen=keep_seen,
+            row_C=items.row,
+            on_users=bar.reach,
+        )
+        first = 1 if items.row is None else 0
+        for users, ids, scores in chunks:
+            for user, row, values in zip(users.tolist(), ids.tolist(), scores.tolist(), strict=True):
+                found = [(items.name[i - first], value) for i, value in zip(row, values, strict=True) if i >= 0]
                 record = {
                     "user": sequences.user_ids[user],
                     "items": [item for item, _ in found],
@@ -346,10 +450,42 @@ def predict(
                 }
                 file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
                 lines += 1
-    typer.echo(
-        f"{output}: the best {k} or fewer for {lines:,} users, exact over {sequences.num_items:,} items, from {path}"
-        f"{DEMO_MARK if is_demo else ''}"
-    )
+    mark = DEMO_MARK if is_demo else ""
+    typer.echo(f"{output}: the best {k} or fewer for {lines:,} users, exact over {items.text}, from {path}{mark}")
+    if vectors is not None:
+        write_vectors(vectors, model, sequences, items, config=config, packed=packed)
+        typer.echo(f"{vectors}: queries.fbin in the order of {output}, items.fbin and their ids in items.u64bin{mark}")
+
+
+class Items(NamedTuple):
+    """What `predict` ranks."""
+
+    row: "Tensor | None"  # [C] int64 rows of features; None: all items
+    id: "Tensor | None"  # [C] int64, what a search engine shall call them; None: their numbers
+    name: tuple[str, ...]  # what the output calls them
+    text: str
+
+
+def write_vectors(
+    folder: Path, model: "SeqRec", sequences: "Sequences", items: Items, *, config: Config, packed: bool
+) -> None:
+    """Write the vectors whose dot products are the scores, and the items' ids, in faiss' plain forms."""
+    import torch
+
+    from apps.seqrec.dataset import query_spans
+    from apps.seqrec.evaluate import evaluation_mode, queries
+    from apps.seqrec.vectors import write_fbin, write_u64bin
+
+    folder.mkdir(parents=True, exist_ok=True)
+    device, dim = model.item.weight.device, config.model.embed_dim
+    spans = query_spans(sequences, "all", max_len=config.data.max_len, front=model.front is not None)
+    with torch.no_grad(), evaluation_mode(model):
+        row_C = torch.arange(1, sequences.num_items + 1) if items.row is None else items.row
+        states = (q.state_BD for q in queries(model, sequences, spans, config=config, packed=packed, device=device))
+        write_fbin(folder / "queries.fbin", states, num_rows=spans.user.numel(), dim=dim)
+        parts = (model.candidates(model.vectors(part.to(device))) for part in torch.split(row_C, 1 << 16))
+        write_fbin(folder / "items.fbin", parts, num_rows=row_C.numel(), dim=dim)
+        write_u64bin(folder / "items.u64bin", row_C if items.id is None else items.id)
 
 
 @typer_app.command()
@@ -456,7 +592,7 @@ def load_model(
     resolved: Resolved[Config], run: Path | None, weights: Path | None, runs_dir: Path
 ) -> tuple[Config, "Sequences", "SeqRec", Path, bool]:
     """Configuration, data, model with weights, where they came from, and whether the data is the demo's."""
-    from apps.seqrec.model import SeqRec
+    from apps.seqrec.train import make_model
     from shared.checkpoint import load_weights
     from shared.device import pick_device
 
@@ -471,10 +607,10 @@ def load_model(
     state, meta = load_weights(path)
     sequences, is_demo = load_data(config, runs_dir)
     check_origin(meta, config, sequences, path)
-    model = SeqRec(config.model, num_items=sequences.num_items, max_len=config.data.max_len)
+    model = make_model(config, sequences, pick_device(config.training.device))
     cli.check_shapes(model.state_dict(), state, path)
     model.load_state_dict(state)
-    return config, sequences, model.to(pick_device(config.training.device)).eval(), path, is_demo
+    return config, sequences, model.eval(), path, is_demo
 
 
 def check_origin(meta: Mapping[str, Any], config: Config, sequences: "Sequences", path: Path) -> None:
@@ -503,7 +639,8 @@ def print_table(console: Console, result: Mapping[str, Any]) -> None:
         console.print(note, markup=False)
     console.print(result["protocol"], markup=False)
     measured = result["table_columns"][1:]
-    columns = [name for name in measured if name.startswith("HR@") or name.endswith("@10")]  # what fits a terminal
+    kept = [name for name in measured if name.startswith("HR@") or name.endswith("@10") or "score" in name.lower()]
+    columns = kept[-MAX_COLUMNS:]
     table = Table()
     table.add_column("model")
     for column in columns:

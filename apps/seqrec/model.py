@@ -18,9 +18,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from apps.seqrec.config import ModelConfig
+from apps.seqrec.features import Features, Tower
 
 ROPE_BASE = 10_000.0
 TIME_BUCKETS = 64  # bucket = floor(log2(1 + seconds)): 64 of them cover every int64
+DAY_S, WEEK_S = 86_400, 604_800
+HARMONICS = 3  # of the day and of the week
+ACTIONS = 3  # kinds of actions: exposure, click, conversion
+CATALOGUE_ROWS = 1 << 16  # encoded at a time where no gradient is wanted
 
 
 class Dropout(nn.Module):
@@ -178,10 +183,41 @@ class HSTUBlock(nn.Module):
         return x_RLD if self.norm_first else self.input_norm(x_RLD)
 
 
-class SeqRec(nn.Module):
-    """Item and position embeddings, causal blocks, and scores against the same item embeddings."""
+class Moment(nn.Module):
+    """A vector of a moment: the logarithm of the pause before it, and the time of day and of the week."""
 
-    def __init__(self, config: ModelConfig, *, num_items: int, max_len: int) -> None:
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.pause = nn.Embedding(TIME_BUCKETS, width)
+        self.cycle = nn.Linear(4 * HARMONICS, width)
+
+    def forward(self, pause: Tensor, time: Tensor) -> Tensor:
+        """[..., D] of pauses and times in seconds, both [...] int64; times are UTC, as in the data."""
+        bucket = torch.log2(pause.clamp(min=0).double() + 1).long().clamp(max=TIME_BUCKETS - 1)
+        harmonic = torch.arange(1, HARMONICS + 1, device=time.device)
+        phase = torch.cat([(time % period)[..., None] * harmonic / period for period in (DAY_S, WEEK_S)], dim=-1)
+        angle = 2 * math.pi * phase.float()
+        return self.pause(bucket) + self.cycle(torch.cat([angle.sin(), angle.cos()], dim=-1))
+
+
+class SeqRec(nn.Module):
+    """Item and position embeddings, causal blocks, and scores against the same item embeddings.
+
+    features: what is known of items and users (on the device that the model will be on), None where that is nothing;
+    has_actions, has_times: whether events come with them. What the configuration asks for and the data lacks is left
+    out.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        num_items: int,
+        max_len: int,
+        features: Features | None = None,
+        has_actions: bool = False,
+        has_times: bool = False,
+    ) -> None:
         super().__init__()
         if config.embed_dim % config.num_heads:
             raise ValueError(
@@ -194,40 +230,104 @@ class SeqRec(nn.Module):
                 "make it even or use --position learned"
             )
         self.config = config
-        self.max_len = max_len
-        self.item = nn.Embedding(num_items + 1, config.embed_dim, padding_idx=0)
+        self.num_items = num_items
+        width = config.embed_dim
+        self.item = nn.Embedding(num_items + 1, width, padding_idx=0)
+        self.tower = Tower(features, width) if config.features and features is not None else None
+        has_profiles = features is not None and (features.user_sizes or features.list_sizes)
+        fronted = config.user_token and self.tower is not None and has_profiles
+        self.front = nn.Parameter(torch.zeros(width)) if fronted else None
+        tokens = max_len + int(self.front is not None)
         # counted back from the last token, so that "most recent" is the same row for every length
-        self.position = nn.Embedding(max_len, config.embed_dim) if config.position == "learned" else None
+        self.position = nn.Embedding(tokens, width) if config.position == "learned" else None
+        kinds = ACTIONS + 1  # 0 is none
+        self.action = nn.Embedding(kinds, width, padding_idx=0) if config.action_input and has_actions else None
+        self.moment = Moment(width) if config.time_input and has_times else None
+        self.next_action = nn.Embedding(kinds, width) if config.next_action and has_actions else None
+        self.next_moment = Moment(width) if config.query_time and has_times else None
+        conditioned = self.next_action is not None or self.next_moment is not None
+        self.condition = nn.Linear(width, 2 * width) if conditioned else None
         self.input_dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(
-            HSTUBlock(config, max_len) if config.attention == "hstu" else TransformerBlock(config)
+            HSTUBlock(config, tokens) if config.attention == "hstu" else TransformerBlock(config)
             for _ in range(config.num_blocks)
         )
-        self.final_norm = nn.LayerNorm(config.embed_dim) if config.norm_first else nn.Identity()
+        self.final_norm = nn.LayerNorm(width) if config.norm_first else nn.Identity()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier for every matrix, zero for biases and for the padding item; in place."""
+        """Xavier for every matrix, zero for biases, for padding and for the condition of queries; in place."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.xavier_normal_(module.weight)
-        with torch.no_grad():
-            self.item.weight[0].zero_()
+                if module.padding_idx is not None:
+                    nn.init.zeros_(module.weight[module.padding_idx])
+        if self.condition is not None:  # until training finds a use for it, a condition changes nothing
+            nn.init.zeros_(self.condition.weight)
+
+    def use_features(self, features: Features | None) -> None:
+        """Look things up in other tables of the same columns from now on: those of other users and candidates."""
+        if self.tower is not None and features is not None:
+            families = self.tower.features.embeddings
+            self.tower.features = features.with_families(list(families), name="the data").to(self.item.weight.device)
+
+    def vectors(self, row_C: Tensor | None = None) -> Tensor:
+        """What tokens and scores are made of, [C, D]: of the rows ([C] int64), or of padding and all items."""
+        if self.tower is None:
+            return self.item.weight if row_C is None else F.embedding(row_C, self.item.weight, padding_idx=0)
+        if row_C is None:
+            row_C = torch.arange(self.num_items + 1, device=self.item.weight.device)
+        if not torch.is_grad_enabled() and row_C.numel() > CATALOGUE_ROWS:
+            return torch.cat([self.vectors(part) for part in torch.split(row_C, CATALOGUE_ROWS)])
+        known = self.tower.features.item_id.index_select(0, row_C)
+        found = F.embedding(known, self.item.weight, padding_idx=0) + self.tower.rows(row_C)
+        return found * (row_C > 0)[:, None]  # padding has none, whatever its features
 
     def forward(
-        self, item_RL: Tensor, segment_RL: Tensor, position_RL: Tensor, time_RL: Tensor | None, *, packed: bool
+        self,
+        item_RL: Tensor,
+        segment_RL: Tensor,
+        position_RL: Tensor,
+        time_RL: Tensor | None,
+        *,
+        packed: bool,
+        vector_CD: Tensor | None = None,
+        action_RL: Tensor | None = None,
+        front_B: Tensor | None = None,
+        user_B: Tensor | None = None,
     ) -> Tensor:
         """Hidden state after each token, [R, L, D]; what it says about padding is to be ignored.
 
         item, segment, position: [R, L] int64 as in the batch; time: [R, L] int64 seconds or None. With `packed` False
-        every row holds one sequence from column 0 on, so that causality alone keeps padding out.
+        every row holds one sequence from column 0 on, so that causality alone keeps padding out. `item` indexes
+        `vector` ([C, D], as `vectors` gives them; None: of all items). front: [B] int64, where in the flattened rows
+        the front tokens of the users ([B] int64) are.
         """
-        x = self.item(item_RL) * math.sqrt(self.config.embed_dim)
+        x = F.embedding(item_RL, self.item.weight if vector_CD is None else vector_CD, padding_idx=0)
+        if front_B is not None:
+            assert self.front is not None
+            assert self.tower is not None
+            assert user_B is not None
+            profile_BD = (self.tower.users(user_B) + self.front).to(x.dtype)
+            x = x.flatten(0, 1).index_copy(0, front_B, profile_BD).view_as(x)
+        x = x * math.sqrt(self.config.embed_dim)
         if self.position is not None:
             x = x + self.position(position_RL)
+        if self.action is not None:
+            assert action_RL is not None
+            x = x + self.action(action_RL)
+        if self.moment is not None:
+            assert time_RL is not None
+            follows = segment_RL[:, 1:] == segment_RL[:, :-1]
+            pause_RL = F.pad((time_RL[:, 1:] - time_RL[:, :-1]) * follows, (1, 0))
+            moment_RLD = self.moment(pause_RL, time_RL)
+            if front_B is not None:  # its time is its target's
+                moment_RLD = moment_RLD.flatten(0, 1).index_fill(0, front_B, 0).view_as(moment_RLD)
+            x = x + moment_RLD
         x = self.input_dropout(x)
         context = self.context(segment_RL, time_RL, packed=packed)
         for block in self.blocks:
@@ -255,14 +355,35 @@ class SeqRec(nn.Module):
         mask = attention_mask(segment_RL) if packed or hstu else None
         return Context(mask, rotation, distance, time_bucket)
 
-    def query(self, hidden: Tensor) -> Tensor:
-        """Hidden states as they enter a dot product with `candidates`: unit length over temperature for cosine."""
-        if self.config.score == "cosine":
-            return F.normalize(hidden, dim=-1) / self.config.temperature
-        return hidden
+    def query(
+        self,
+        hidden_ND: Tensor,
+        *,
+        action_N: Tensor | None = None,
+        asked_N: Tensor | None = None,
+        pause_N: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states as they enter a dot product with `candidates`: unit length over temperature for cosine.
 
-    def candidates(self) -> Tensor:
-        """All items as they enter a dot product with `query`, [I, D]; row 0 is padding."""
+        action: [N] int64, 1 + what is to be done with the next item; asked: [N] int64 seconds, when; pause: since the
+        last event. They scale and shift each value of the state, where the configuration has them as a condition.
+        """
+        if self.condition is not None:
+            parts = []
+            if self.next_action is not None:
+                assert action_N is not None
+                parts.append(self.next_action(action_N))
+            if self.next_moment is not None:
+                assert asked_N is not None
+                assert pause_N is not None
+                parts.append(self.next_moment(pause_N, asked_N))
+            scale_ND, shift_ND = self.condition(sum(parts)).chunk(2, dim=-1)
+            hidden_ND = hidden_ND * (1 + scale_ND) + shift_ND
         if self.config.score == "cosine":
-            return F.normalize(self.item.weight, dim=-1)
-        return self.item.weight
+            return F.normalize(hidden_ND, dim=-1) / self.config.temperature
+        return hidden_ND
+
+    def candidates(self, vector_CD: Tensor | None = None) -> Tensor:
+        """Items as they enter a dot product with `query`, [C, D], made of their vectors; None: of all."""
+        vector_CD = self.vectors() if vector_CD is None else vector_CD
+        return F.normalize(vector_CD, dim=-1) if self.config.score == "cosine" else vector_CD

@@ -20,17 +20,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from apps.seqrec import losses
 from apps.seqrec.config import Config, TrainConfig
 from apps.seqrec.dataset import (
+    ACTIONS,
     Batch,
     SeenItems,
     Sequences,
     Spans,
     Stage,
+    compact,
     draw_unseen,
     epoch_order,
     item_counts,
@@ -38,8 +41,16 @@ from apps.seqrec.dataset import (
     number_within,
     seen_items,
     training_spans,
+    without_features,
 )
-from apps.seqrec.evaluate import baselines, evaluated_spans, evaluation_sums, protocol_text
+from apps.seqrec.evaluate import (
+    baselines,
+    encode,
+    evaluated_spans,
+    evaluation_sums,
+    finish_scores,
+    protocol_text,
+)
 from apps.seqrec.model import SeqRec
 from shared import distributed
 from shared.amp import (
@@ -57,7 +68,6 @@ from shared.device import describe_machine, pick_device, to_device
 from shared.distributed import Group, place
 from shared.files import atomic_write_text
 from shared.log import MetricValue, RunLog, StopSignal, due, read_metrics
-from shared.ranking import finish
 from shared.schedule import lr_factor
 from shared.seed import make_generator, seed_everything, seed_step
 from shared.timing import RateMeter, StepTimer
@@ -66,6 +76,7 @@ APP = "seqrec"
 NEGATIVE_STREAM = 3
 UNSEEN_STREAM = 4
 DROPOUT_STREAM = 5
+STAGES: tuple[Stage, ...] = ("valid", "test")
 
 # may differ between a checkpoint and the run that resumes it: they change no weight (the device only its last bits)
 VOLATILE = frozenset(
@@ -86,6 +97,8 @@ class Components:
     amp: AmpConfig
     precision_reason: str
     packed: bool
+    front: bool  # whether sequences begin with a front token
+    compact: bool  # whether batches name the rows of features they use
     steps_per_epoch: int
     log_q_I: Tensor | None  # [I] float32 on the device, log of each item's sampling rate; None: no correction
     cumulative_I: Tensor  # [I] float64, running sum of training events by item, for draws by popularity
@@ -94,10 +107,15 @@ class Components:
 
 
 class Meter(NamedTuple):
-    """Sums since the last line of metrics; the tensor stays on the device until the line is due."""
+    """Sums since the last line of metrics; the tensors stay on the device until the line is due."""
 
     loss: Tensor  # scalar float64, sum of losses
+    score_size: Tensor  # scalar float64, sum of the mean sizes of the targets' scores
     steps: int
+
+
+class DeadModelError(RuntimeError):
+    """All scores are 0: nothing that the model computes depends on its input any more."""
 
 
 class Progress(NamedTuple):
@@ -124,19 +142,29 @@ def build(config: Config, sequences: Sequences, *, group: Group | None = None) -
     """
     training = config.training
     measured = [f"{name}@{k}" for name in ("NDCG", "HR", "MRR") for k in training.ks]
+    if sequences.action is not None:
+        measured += (["Score"] if 10 in training.ks else []) + ["Weighted score"]
+    if len(training.action_weights) != len(ACTIONS) or min(training.action_weights) < 0:
+        raise ValueError(
+            f"action_weights are {list(training.action_weights)}; --action-weights takes {len(ACTIONS)} numbers, 0 or "
+            f"more, for {', '.join(ACTIONS)}"
+        )
     if not training.ks or min(training.ks) < 1 or training.select not in measured:
         raise ValueError(
             f'select is "{training.select}" and ks are {list(training.ks)}; --select must be one of '
             f"{', '.join(measured) or 'the metrics at some k'}, or change --ks"
         )
+    if not config.model.features:
+        sequences = without_features(sequences)
     device = pick_device(training.device) if group is None else group.device
     precision, reason = resolve_precision(training.precision, device)
     spans = training_spans(sequences, max_len=config.data.max_len, window=config.data.window)
     if not spans.user.numel():
         raise ValueError(f"{sequences.name} holds nothing to train on: no user has two events before the held-out ones")
-    evaluated_spans(sequences, "test", max_len=config.data.max_len)  # refuses data without anything to evaluate
+    for stage in STAGES:  # refuses data without anything to evaluate
+        evaluated_spans(sequences, stage, max_len=config.data.max_len)
     seed_everything(training.seed)
-    model = SeqRec(config.model, num_items=sequences.num_items, max_len=config.data.max_len).to(device)
+    model = make_model(config, sequences, device)
     counts = item_counts(sequences)
     components = Components(
         config=config,
@@ -148,6 +176,8 @@ def build(config: Config, sequences: Sequences, *, group: Group | None = None) -
         amp=AmpConfig(precision=precision, clip_norm=training.clip_norm),
         precision_reason=reason,
         packed=use_packed(config.data.layout, device),
+        front=model.front is not None,
+        compact=model.tower is not None,
         steps_per_epoch=-(-spans.user.numel() // training.batch_size),
         log_q_I=log_rates(training, counts, device),
         cumulative_I=torch.cumsum(counts, 0).double(),
@@ -156,6 +186,21 @@ def build(config: Config, sequences: Sequences, *, group: Group | None = None) -
     )
     learning_rate_factor(components, 0)  # refuses an impossible schedule before anything is written
     return components
+
+
+def make_model(config: Config, sequences: Sequences, device: torch.device) -> SeqRec:
+    """The model that the configuration and the data make, with fresh weights."""
+    features = None
+    if config.model.features and sequences.features is not None:
+        features = sequences.features.with_families(config.model.embeddings, name=sequences.name).to(device)
+    return SeqRec(
+        config.model,
+        num_items=sequences.num_items,
+        max_len=config.data.max_len,
+        features=features,
+        has_actions=sequences.action is not None,
+        has_times=sequences.time is not None,
+    ).to(device)
 
 
 def log_rates(training: TrainConfig, counts: Tensor, device: torch.device) -> Tensor | None:
@@ -196,25 +241,44 @@ def make_optimizers(model: nn.Module, training: TrainConfig) -> list[Optimizer]:
 def loss_fn(
     model: nn.Module, batch: Batch, *, training: TrainConfig, log_q_I: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean loss over the batch's targets."""
+    """Mean loss over the batch's targets, by the weights of their actions; and the mean size of a target's score."""
     assert isinstance(model, SeqRec)
-    hidden_RLD = model(batch.item, batch.segment, batch.position, batch.time, packed=batch.packed)
-    query_ND = model.query(hidden_RLD.flatten(0, 1).index_select(0, batch.place))
-    item_ID, target_N = model.candidates(), batch.target
+    hidden_TD, vector_CD = encode(model, batch)
+    pause_N = None
+    if model.next_moment is not None:
+        assert batch.time is not None
+        assert batch.next_time is not None
+        pause_N = batch.next_time - batch.time.flatten().index_select(0, batch.place)
+    query_ND = model.query(
+        hidden_TD.index_select(0, batch.place), action_N=batch.next_action, asked_N=batch.next_time, pause_N=pause_N
+    )
+    item_CD, target_N = model.candidates(vector_CD), batch.target
+    with torch.no_grad():
+        size = (query_ND.float() * F.embedding(target_N, item_CD).float()).sum(1).abs().mean()
+    scalars = {"score_size": size}
+    weight_N = None
+    if batch.next_action is not None and len(set(training.action_weights)) > 1:
+        weight = torch.tensor(training.action_weights, device=query_ND.device)
+        weight_N = weight.index_select(0, batch.next_action - 1)
+    num_items = model.num_items
     if training.loss == "ce":
-        return losses.full_cross_entropy(query_ND, item_ID, target_N), {}
+        return losses.full_cross_entropy(query_ND, item_CD[: num_items + 1], target_N, weight_N=weight_N), scalars
     if training.loss == "bce":
         assert batch.unseen is not None
-        return losses.binary_cross_entropy(query_ND, item_ID, target_N, batch.unseen), {}
+        return losses.binary_cross_entropy(query_ND, item_CD, target_N, batch.unseen, weight_N=weight_N), scalars
     assert batch.shared is not None
-    if training.loss == "inbatch":
-        return losses.in_batch_cross_entropy(query_ND, item_ID, target_N, batch.shared, log_q_I=log_q_I), {}
     if training.loss == "gbce":
-        num_items = item_ID.shape[0] - 1
         return losses.generalised_bce(
-            query_ND, item_ID, target_N, batch.shared, num_items=num_items, t=training.gbce_t
-        ), {}
-    return losses.sampled_softmax(query_ND, item_ID, target_N, batch.shared, log_q_I=log_q_I), {}
+            query_ND, item_CD, target_N, batch.shared, num_items=num_items, t=training.gbce_t, weight_N=weight_N
+        ), scalars
+    log_q_C = log_q_I if log_q_I is None or batch.rows is None else log_q_I[batch.rows.clamp(max=num_items)]
+    if training.loss == "inbatch":
+        return losses.in_batch_cross_entropy(
+            query_ND, item_CD, target_N, batch.shared, log_q_I=log_q_C, weight_N=weight_N
+        ), scalars
+    return losses.sampled_softmax(
+        query_ND, item_CD, target_N, batch.shared, log_q_I=log_q_C, weight_N=weight_N
+    ), scalars
 
 
 def step_batches(c: Components, spans: Spans, *, epoch: int, index: int) -> list[Batch]:
@@ -225,7 +289,7 @@ def step_batches(c: Components, spans: Spans, *, epoch: int, index: int) -> list
     with.
     """
     training = c.config.training
-    count = spans.end - spans.start  # every input of a training span has a target
+    count = targets_of(spans, c.front)
     sequence, step = number_within(count)  # of every target of the step
     own = own_rows(count, c.group)
     shared = None
@@ -238,18 +302,27 @@ def step_batches(c: Components, spans: Spans, *, epoch: int, index: int) -> list
             shared = torch.randint(1, c.sequences.num_items + 1, (training.num_negatives,), generator=generator)
     size = -(-own.numel() // training.accumulate)
     batches = [
-        make_batch(c.sequences, Spans(*part), packed=c.packed, row_len=c.config.data.max_len)._replace(shared=shared)
+        make_batch(
+            c.sequences, Spans(*part), packed=c.packed, row_len=c.config.data.max_len + int(c.front), front=c.front
+        )._replace(shared=shared)
         for part in zip(*(torch.split(column, size) for column in spans.take(own)), strict=True)
     ]
     if training.loss == "inbatch":
-        distinct = torch.unique(c.sequences.item[spans.start[sequence] + step + 1].long())
+        distinct = torch.unique(c.sequences.item[(spans.start + 1 - int(c.front))[sequence] + step].long())
         batches = [b._replace(shared=distinct) for b in batches]
     if c.seen is not None:
         generator = make_generator(training.seed, epoch=epoch, step=index, stream=UNSEEN_STREAM)
         unseen = draw_unseen(c.seen, spans.user[sequence], generator)[torch.isin(sequence, own)]
         parts = torch.split(unseen, [b.target.numel() for b in batches])
         batches = [b._replace(unseen=part) for b, part in zip(batches, parts, strict=True)]
+    if c.compact:
+        batches = [compact(b, num_items=c.sequences.num_items, whole=training.loss == "ce") for b in batches]
     return batches
+
+
+def targets_of(spans: Spans, front: bool) -> Tensor:
+    """How many targets each training piece has, [B] int64: one for every input, and one for its front token."""
+    return spans.end - spans.start + int(front)
 
 
 def own_rows(count: Tensor, group: Group | None) -> Tensor:
@@ -263,11 +336,11 @@ def own_rows(count: Tensor, group: Group | None) -> Tensor:
     return (order[rank::world] if rank < order.numel() else order[-1:]).sort().values
 
 
-def step_shares(batches: list[Batch], spans: Spans, group: Group | None) -> list[float]:
+def step_shares(batches: list[Batch], spans: Spans, group: Group | None, *, front: bool = False) -> list[float]:
     """Each micro-batch's share of the targets of the whole step, so that the loss is the mean over all of them."""
     if place(group)[0] >= spans.user.numel():
         return [0.0] * len(batches)
-    total = int((spans.end - spans.start).sum())
+    total = int(targets_of(spans, front).sum())
     return [batch.target.numel() / total for batch in batches]
 
 
@@ -308,18 +381,24 @@ def train_epoch(
             loss_of,
             amp=c.amp,
             lr_factor=learning_rate_factor(c, state.step),
-            shares=step_shares(batches, step_spans, c.group),
+            shares=step_shares(batches, step_spans, c.group, front=c.front),
             want_norm=due(state.step + 1, training.norm_every),
             reduce=None if c.group is None else functools.partial(distributed.sum_, c.group),
             mark=timer.mark,
         )
-        meter = Meter(meter.loss + output.loss, meter.steps + 1)
+        meter = Meter(meter.loss + output.loss, meter.score_size + output.scalars["score_size"], meter.steps + 1)
         rates.add(rows.numel())
 
         note = None
         if due(state.step, training.log_every) or index + 1 == c.steps_per_epoch:
+            loss, score_size = torch.stack([meter.loss, meter.score_size]).tolist()  # sync: one copy for the interval
+            if score_size == 0:
+                raise DeadModelError(
+                    f"every score of the last {meter.steps} steps is 0, so that the model cannot learn any more (its "
+                    f"loss is {loss / meter.steps:.4f}); try a smaller --lr, --warmup-steps 100, or other features"
+                )
             values: dict[str, float] = {
-                "loss": float(meter.loss) / meter.steps,  # sync: one copy for the interval
+                "loss": loss / meter.steps,
                 "lr": training.lr * learning_rate_factor(c, state.step - 1),
             }
             timer.mark("sync")
@@ -330,7 +409,7 @@ def train_epoch(
             note = f"loss {values['loss']:.4f} ({split.line()})"
             log.metrics("train", state.step, state.epoch, values)
             check(state)
-            meter = Meter(torch.zeros_like(meter.loss), 0)
+            meter = fresh_meter(c.device)
         if due(state.step, training.norm_every) and output.grad_norm is not None:
             log.metrics("norm", state.step, state.epoch, {"grad_norm": float(output.grad_norm)})  # sync
         timer.finish()
@@ -344,6 +423,12 @@ def train_epoch(
         if stopping(state):
             break
     return state, meter
+
+
+def fresh_meter(device: torch.device) -> Meter:
+    """Nothing counted yet."""
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    return Meter(zero, zero, 0)
 
 
 def learning_rate_factor(c: Components, step: int) -> float:
@@ -391,7 +476,8 @@ def restore(c: Components, path: Path, tree: Mapping[str, Any]) -> Start:
     Refuses a checkpoint of another app, configuration or data, naming the keys that differ.
     """
     check_identity(tree["identity"], identity(c), path=path, ignore={f"config.{name}" for name in VOLATILE})
-    meter = Meter(tree["meter"]["loss"].to(c.device), tree["meter"]["steps"])
+    found = tree["meter"]
+    meter = Meter(found["loss"].to(c.device), found["score_size"].to(c.device), found["steps"])
     return Start(load_state_tree(c.state, tree), meter, Progress(**tree["progress"]), path)
 
 
@@ -414,7 +500,7 @@ def fit(
     """
     training = c.config.training
     folder = run_dir / "checkpoints"
-    state, meter = c.state, Meter(torch.zeros((), dtype=torch.float64, device=c.device), 0)
+    state, meter = c.state, fresh_meter(c.device)
     progress = Progress(best=-1.0, best_epoch=-1, stale=0)
     last_saved: Path | None = None
     writes = place(c.group)[0] == 0
@@ -497,8 +583,7 @@ def fit(
         model.load_state_dict(best["ema"] if best["ema"] is not None else best["model"])
         log.info(f"testing the checkpoint of epoch {progress.best_epoch + 1}, the best by validation {training.select}")
     final: dict[Stage, dict[str, float]] = {}
-    stages: tuple[Stage, ...] = ("valid", "test")
-    for stage in stages:
+    for stage in STAGES:
         found = evaluate_unless_stopped(c, model, stage, stop=stop, on_users=on_users)
         if found is None:
             return Outcome(state, progress, None)
@@ -538,7 +623,7 @@ def evaluate_unless_stopped(
         )
     if distributed.any_of(c.group, sums is None) or sums is None:
         return None
-    return finish(distributed.added_up(c.group, sums))
+    return finish_scores(distributed.added_up(c.group, sums))
 
 
 class SilentLog(RunLog):
@@ -562,7 +647,8 @@ class SilentLog(RunLog):
 
 def shown(metrics: Mapping[str, float]) -> dict[str, float]:
     """The metrics worth a curve or a column: with one target a user, recall is HR and precision is HR / k."""
-    return {name: value for name, value in metrics.items() if name.startswith(("HR@", "NDCG@", "MRR@"))}
+    kept = ("HR@", "NDCG@", "MRR@", "Score", "Weighted score")
+    return {name: value for name, value in metrics.items() if name.startswith(kept)}
 
 
 def compile_or_say_why(c: Components, log: RunLog) -> None:
@@ -570,9 +656,9 @@ def compile_or_say_why(c: Components, log: RunLog) -> None:
     model = c.state.model
     model.compile(dynamic=True, mode=c.config.training.compile)
     spans = training_spans(c.sequences, max_len=c.config.data.max_len).take(torch.zeros(1, dtype=torch.int64))
-    batch = to_device(make_batch(c.sequences, spans, packed=c.packed, row_len=c.config.data.max_len), c.device)
+    batches = step_batches(replace(c, group=None), spans, epoch=0, index=0)
     try:
-        model(batch.item, batch.segment, batch.position, batch.time, packed=batch.packed).sum().backward()
+        encode(model, to_device(batches[0], c.device))[0].sum().backward()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         model._compiled_call_impl = None
         log.warn(f"--compile has no effect here, training goes on without it: {str(error).splitlines()[0]}")
@@ -592,7 +678,6 @@ def write_result(
 ) -> dict[str, Any]:
     """Write result.json: metrics with their protocol, speed, machine, versions and data; returns what was written."""
     assert outcome.metrics is not None
-    protocol = c.config.training.protocol
     lines = [line for line in read_metrics(run_dir / "metrics.jsonl") if line["kind"] == "train"]
     columns, rows = result_table(outcome.metrics["test"], baselines(c.sequences, "test", config=c.config))
 
@@ -605,9 +690,9 @@ def write_result(
     result = {
         "app": APP,
         "title": f"{APP} on {c.sequences.name}",
-        "protocol": protocol_text(c.sequences, "test", protocol),
+        "protocol": protocol_text(c.sequences, "test", c.config),
         "metrics": {
-            stage: {"protocol": protocol_text(c.sequences, stage, protocol), **values}
+            stage: {"protocol": protocol_text(c.sequences, stage, c.config), **values}
             for stage, values in outcome.metrics.items()
         },
         "table_columns": columns,

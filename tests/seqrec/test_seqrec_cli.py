@@ -23,7 +23,6 @@ import torch
 from apps.seqrec import evaluate as evaluation
 from apps.seqrec import main
 from apps.seqrec.config import ALIASES, Config
-from apps.seqrec.demo import demo_sequences
 from apps.seqrec.formats import read_sequences
 from apps.seqrec.model import SeqRec
 from shared import cli, progress
@@ -332,17 +331,17 @@ def test_the_original_spellings_reach_the_configuration(walk):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ("--inference_only --lr 1", "evaluate --lr 1"),
-        ("--lr 1 --inference-only", "evaluate --lr 1"),
-        ("--inference_only=True --lr 1", "evaluate --lr 1"),
-        ("--inference_only True --lr 1", "evaluate --lr 1"),
-        ("train --inference_only --lr 1", "evaluate --lr 1"),
+        ("--inference_only --lr 1", "predict --lr 1"),
+        ("--lr 1 --inference-only", "predict --lr 1"),
+        ("--inference_only=True --lr 1", "predict --lr 1"),
+        ("--inference_only True --lr 1", "predict --lr 1"),
+        ("train --inference_only --lr 1", "predict --lr 1"),
         ("--inference_only False --lr 1", "--lr 1"),
         ("train --lr 1 --inference_only=false", "train --lr 1"),
         ("train --lr 1", "train --lr 1"),
     ],
 )
-def test_inference_only_means_the_verb_evaluate(given, expected):
+def test_inference_only_means_the_verb_predict(given, expected):
     assert main.inference_only_as_verb(given.split()) == expected.split()
 
 
@@ -361,9 +360,19 @@ def weights_file(trained: Trained, kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "export", "pt", "nested pt"])
-def test_inference_only_measures_weights_of_every_kind_of_file(kind, trained):
+def test_inference_only_ranks_with_weights_of_every_kind_of_file(kind, trained):
     name = weights_file(trained, kind)
     words = ("--inference_only", "--state_dict_path", name, "--data_path", "walk.txt", *ORIGINAL_SMALL)
+    out = succeed(trained.folder, *words, "--output", "found.jsonl")
+    assert f"exact over 15 items, from {name}" in out
+    succeed(trained.folder, "predict", str(trained.run), "--output", "expected.jsonl")
+    assert (trained.folder / "found.jsonl").read_bytes() == (trained.folder / "expected.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "export", "pt", "nested pt"])
+def test_evaluate_measures_weights_of_every_kind_of_file(kind, trained):
+    name = weights_file(trained, kind)
+    words = ("evaluate", "--state_dict_path", name, "--data_path", "walk.txt", *ORIGINAL_SMALL)
     out = succeed(trained.folder, *words, "--output", "found.json")
     found = strict_json(trained.folder / "found.json")
     assert found["stages"]["test"]["table"] == trained.result["table"]
@@ -741,7 +750,8 @@ def test_a_terminated_process_saves_and_ends_with_143_and_the_command_to_resume(
 
 
 def test_demo_data_is_said_to_be_demo_data_wherever_a_number_is(tmp_path, monkeypatch):
-    monkeypatch.setattr("apps.seqrec.demo.demo_sequences", lambda: demo_sequences(num_users=60))
+    monkeypatch.setattr("apps.seqrec.demo.CONTEST_USERS", 60)
+    monkeypatch.setattr("apps.seqrec.demo.CONTEST_ITEMS", 40)
     out = succeed(tmp_path, "train", *SMALL, "--epochs", "1")
     run = run_folder(tmp_path)
     assert "-demo-" in run.name

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,20 @@ import pytest
 import torch
 
 from apps.seqrec import contest
-from apps.seqrec.contest import Contest, contest_bytes, is_contest, is_contest_pack, prepare_contest, read_contest
+from apps.seqrec.contest import (
+    Contest,
+    Events,
+    contest_bytes,
+    is_contest,
+    is_contest_pack,
+    prepare_contest,
+    read_contest,
+)
 from apps.seqrec.contest_demo import write_contest
 from apps.seqrec.contest_lines import ITEM_FIELDS, USER_ARRAYS, USER_FIELDS, BadLine, object_pairs
 from apps.seqrec.dataset import query_spans, training_spans
 from apps.seqrec.formats import DataError
+from shared.files import read_pack, write_pack
 from shared.pickles import load_npy, load_pickle
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +77,7 @@ def clean(value: Any, size: int) -> int:
     return value if isinstance(value, int) and 0 <= value <= size else 0
 
 
-def slow_users(source: Path) -> list[dict[str, Any]]:
+def slow_users(source: Path, file: str = "seq.jsonl") -> list[dict[str, Any]]:
     """Every line as dictionaries, record by record, with the rules as the documentation words them."""
     indexer = load_pickle(source / "indexer.pkl")
     table = json.loads((source / "item_feat_dict.json").read_text(encoding="utf-8"))
@@ -78,7 +88,7 @@ def slow_users(source: Path) -> list[dict[str, Any]]:
         return [clean(features.get(f, 0), vocab[f]) for f in ITEM_FIELDS if f in vocab]
 
     users = []
-    for line in (source / "seq.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (source / file).read_text(encoding="utf-8").splitlines():
         records = json.loads(line)
         if not records:
             continue
@@ -109,11 +119,11 @@ def slow_users(source: Path) -> list[dict[str, Any]]:
     return users
 
 
-def read_users(data: Contest) -> list[dict[str, Any]]:
+def read_users(data: Events) -> list[dict[str, Any]]:
     """The same, from the tensors."""
     own = dict(zip(data.own_event.tolist(), data.own_feature.tolist(), strict=True))
     users = []
-    for u, name in enumerate(data.sequences.user_ids):
+    for u, name in enumerate(data.user_ids):
         begin, end = int(data.ptr[u]), int(data.ptr[u + 1])
         columns = (data.time, data.item, data.action)
         events = zip(*(column[begin:end].tolist() for column in columns), strict=True)
@@ -181,14 +191,18 @@ def test_embeddings_of_every_form_are_those_in_the_files(irregular: bool, tmp_pa
     expected["83"] = load_pickle(source / "creative_emb/emb_83_5.pkl")
     matrix = load_npy(source / "creative_emb/emb_84_4.npy")
     expected["84"] = {int(raw): matrix[i].tolist() for i, raw in enumerate(data.sequences.item_ids, 1)}
+    assert data.candidates is not None
+    raws = [*map(int, data.sequences.item_ids), *data.candidates.creative[data.candidates.item == 0].tolist()]
+    assert len(raws) == 70 + data.num_extra == 74
     for (number, width), (value, present) in zip(FORMS, data.embeddings.values(), strict=True):
-        assert value.shape == (71, width)
-        for i, raw in enumerate(data.sequences.item_ids, 1):
-            vector = expected[str(number)].get(int(raw))
-            assert bool(present[i]) == (vector is not None)
-            assert torch.equal(value[i], torch.tensor(vector or [0.0] * width).half())
+        assert value.shape == (75, width)
+        for row, raw in enumerate(raws, 1):
+            vector = expected[str(number)].get(raw)
+            assert bool(present[row]) == (vector is not None)
+            assert torch.equal(value[row], torch.tensor(vector or [0.0] * width).half())
         assert not bool(present[0])
-    assert int(data.embeddings["81"].present.sum()) == (62 if irregular else 70)
+        assert int(present[71:].sum()) == (0 if number == 84 else 4)  # an array has rows of the indexer's items alone
+    assert int(data.embeddings["81"].present[:71].sum()) == (62 if irregular else 70)
 
 
 def test_todays_training_can_use_the_sequences(tmp_path: Path):
@@ -525,6 +539,8 @@ def test_wide_families_are_left_out_unless_asked_for(tmp_path: Path):
 
 def test_mangled_lines_raise_nothing_but_data_errors(tmp_path: Path):
     source = write_contest(tmp_path / "in", num_users=3, num_items=20, mean_length=4, seed=3, irregular=True)
+    for name in ("predict_seq.jsonl", "predict_set.jsonl"):
+        (source / name).unlink()
     files = [source / "seq.jsonl", source / "item_feat_dict.json", *(source / "creative_emb/emb_81_32").glob("*.json")]
     good = {path: path.read_bytes() for path in files}
     generator = random.Random(5)
@@ -594,7 +610,7 @@ def on_bytes(done):
         os.kill(os.getpid(), signal.SIGKILL)
 
 if calls == 0:  # while the packs are written
-    contest._Joiner.tensors = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    contest.write_pack = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 contest.prepare_contest(source, output, on_bytes=on_bytes, workers=workers)
 """
 
@@ -654,6 +670,10 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path):
     of mapped arrays, under 2 MB, and the allocator's slack."""
     for name, num_users in (("small", 200), ("large", 2000)):
         write_contest(tmp_path / name, num_users=num_users, num_items=300, mean_length=60, seed=3)
+        features = json.dumps(dict.fromkeys(ITEM_FIELDS, 1))
+        with (tmp_path / name / "predict_set.jsonl").open("w") as file:
+            for n in range(num_users * 20):
+                file.write(f'{{"creative_id": {10**10 + n}, "retrieval_id": {n}, "features": {features}}}\n')
     assert (tmp_path / "large/seq.jsonl").stat().st_size > 18 << 20
     command = [sys.executable, "-c", MEASURED, str(tmp_path / "small"), str(tmp_path / "large")]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -688,7 +708,15 @@ def test_pack_does_not_need_its_source(packed: tuple[Path, Path]):
 
 
 @pytest.mark.parametrize(
-    "name", ["seq.jsonl", "indexer.pkl", "item_feat_dict.json", "creative_emb/emb_81_32/emb_81_0.json"]
+    "name",
+    [
+        "seq.jsonl",
+        "indexer.pkl",
+        "item_feat_dict.json",
+        "creative_emb/emb_81_32/emb_81_0.json",
+        "predict_seq.jsonl",
+        "predict_set.jsonl",
+    ],
 )
 def test_changed_source_is_noticed(name: str, packed: tuple[Path, Path]):
     source, output = packed
@@ -702,7 +730,59 @@ def test_changed_source_is_noticed(name: str, packed: tuple[Path, Path]):
         read_contest(output)
 
 
-@pytest.mark.parametrize("name", ["seq", "items"])
+@pytest.mark.parametrize("name", ["predict_seq.jsonl", "predict_set.jsonl"])
+def test_added_file_is_noticed(name: str, packed: tuple[Path, Path]):
+    source, output = packed
+    data = (source / name).read_bytes()
+    (source / name).unlink()
+    read_contest(output)  # whoever has only the packs can use them
+    prepare_contest(source, output, workers=1)
+    (source / name).write_bytes(data)
+    with pytest.raises(DataError, match=f"stale pack, .*{name} has been added since; write it again: .*prepare"):
+        read_contest(output)
+
+
+@pytest.mark.parametrize("name", ["seq", "items", "emb_81", "predict_seq", "candidates"])
+def test_pack_of_an_older_layout_is_refused_with_the_command(name: str, packed: tuple[Path, Path]):
+    path = packed[1] / f"{name}.safetensors"
+    tensors, meta = read_pack(path, kind=contest._KIND[name.removesuffix("_81")])
+    write_pack(path, {key: value.clone() for key, value in tensors.items()}, {**meta, "layout": 1})
+    with pytest.raises(DataError, match=rf"{name}\.safetensors: layout 1 of .*prepare SOURCE .*out"):
+        read_contest(packed[1])
+
+
+def change_tensor(name: str, value: Any) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name][...] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "part"),
+    [
+        ("candidates", change_tensor("row", 99), r"candidates' rows in 1\.\.21"),
+        ("candidates", change_tensor("item", -1), r"candidates' items in 0\.\.20"),
+        ("candidates", lambda tensors: tensors.update(item=torch.zeros(1)), "expected item as"),
+        ("predict_seq", change_tensor("item", 21), r"items in 0\.\.20"),
+        ("predict_seq", change_tensor("cold_row", 20), r"cold rows in 21\.\.21"),
+        ("predict_seq", change_tensor("ptr", 1), "ptr to rise"),
+        ("emb_81", lambda tensors: tensors.update(present=torch.zeros(21)), "22 embeddings of family 81"),
+    ],
+)
+def test_tensors_of_another_form_are_refused(
+    name: str, change: Callable[[dict[str, torch.Tensor]], None], part: str, packed: tuple[Path, Path]
+):
+    path = packed[1] / f"{name}.safetensors"
+    tensors, meta = read_pack(path, kind=contest._KIND[name.removesuffix("_81")])
+    tensors = {key: value.clone() for key, value in tensors.items()}
+    change(tensors)
+    write_pack(path, tensors, meta)
+    with pytest.raises(DataError, match=part):
+        read_contest(packed[1])
+
+
+@pytest.mark.parametrize("name", ["seq", "items", "predict_seq", "candidates"])
 def test_flipped_bit_is_noticed(name: str, packed: tuple[Path, Path]):
     path = packed[1] / f"{name}.safetensors"
     data = bytearray(path.read_bytes())
@@ -778,35 +858,42 @@ def test_generated_pickles_are_those_that_pickle_reads(irregular: bool, tmp_path
     assert [row["retrieval_id"] for row in rows] == list(range(len(rows)))
 
 
-def test_test_users_can_be_prepared_too(tmp_path: Path):
-    source = write_contest(tmp_path / "in", num_users=9, num_items=30, mean_length=5, seed=3)
-    data = prepare_contest(source, tmp_path / "out", workers=1, events_file="predict_seq.jsonl")
-    assert data.sequences.user_ids[:2] == ("newcomer_1", "user_00000002")
-    assert data.user.tolist()[:2] == [0, 2]
-    assert int((data.item == 0).sum()) == data.own_event.numel() > 0
-
-
 def test_the_structure_can_be_learnt(tmp_path: Path):
-    """Who knows kind, action and cluster of the last item meets the next cluster far more often than who guesses."""
+    """Who knows kind, action and cluster of the last item meets the next cluster far more often than who guesses, of
+    training and of test users."""
     source = write_contest(tmp_path / "in", num_users=400, num_items=200, mean_length=20, seed=3)
     data = prepare_contest(source, tmp_path / "out", workers=1)
-    cluster = data.item_feature[:, data.item_fields.index("102")].long()[data.item.long()]
-    owner = data.history.user_of_event
-    kind = data.user_feature[:, data.user_fields.index("105")].long()[owner]
-    size = int(cluster.max()) + 1
-    same_user = owner[1:] == owner[:-1]
-    key = ((kind * 2 + (data.action > 0)) * size + cluster)[:-1][same_user]
-    following = cluster[1:][same_user]
-    table = torch.zeros(int(key.max()) + 1, size)
+    key, following = steps(data, data)
+    assert data.queries is not None
+    test_key, test_following = steps(data, data.queries)
+    table = torch.zeros(int(max(key.max(), test_key.max())) + 1, int(following.max()) + 1)
     half = len(key) // 2
     table.index_put_((key[:half], following[:half]), torch.ones(half), accumulate=True)
-    right = (table[key[half:]].argmax(1) == following[half:]).float().mean()
-    assert right > 0.5
-    blind = (table.sum(0).argmax() == following[half:]).float().mean()
-    assert blind < 0.3
-    centre = data.embeddings["81"].value[1:].float()
-    own = cluster_mean_distance(centre, data.item_feature[1:, data.item_fields.index("102")].long())
-    assert own < 0.7
+    for where, what in ((key[half:], following[half:]), (test_key, test_following)):
+        right = (table[where].argmax(1) == what).float().mean()
+        assert right > 0.5
+        blind = (table.sum(0).argmax() == what).float().mean()
+        assert blind < 0.3
+    vectors = data.embeddings["81"].value.float()
+    cluster = data.item_feature[1:, data.item_fields.index("102")].long()
+    assert cluster_mean_distance(vectors[1:201], cluster) < 0.7
+    assert data.candidates is not None
+    cold = data.candidates.item == 0
+    twins = data.candidates.feature[cold, data.item_fields.index("102")].long()
+    rows = data.candidates.row[cold].long()
+    assert len(rows) == 10
+    assert cluster_mean_distance(torch.cat([vectors[1:201], vectors[rows]]), torch.cat([cluster, twins])) < 0.7
+
+
+def steps(data: Contest, events: Events) -> tuple[torch.Tensor, torch.Tensor]:
+    """Kind of the user, action and cluster of the item as one number, and the cluster of the next item; of all pairs of
+    events of known items that follow one another."""
+    cluster = data.item_feature[:, data.item_fields.index("102")].long()[events.item.long()]
+    owner = events.history.user_of_event
+    kind = events.user_feature[:, data.user_fields.index("105")].long()[owner]
+    key = (kind * 2 + (events.action > 0)) * 1000 + cluster
+    is_pair = (owner[1:] == owner[:-1]) & (events.item[1:] > 0) & (events.item[:-1] > 0)
+    return key[:-1][is_pair], cluster[1:][is_pair]
 
 
 def cluster_mean_distance(vectors: torch.Tensor, cluster: torch.Tensor) -> float:

@@ -96,6 +96,7 @@ def change_indexer(change: Callable[[Any], Any]) -> Callable[[Path], None]:
     return apply
 
 
+PREDICT = ("predict_seq.jsonl", "predict_set.jsonl")
 E81, E82 = "creative_emb/emb_81_32/emb_81_0.json", "creative_emb/emb_82_4/part-00001"
 
 # change, severity, file, line, field, expected, found, repair (each a part of that text)
@@ -615,15 +616,35 @@ CASES: dict[str, tuple[Callable[[Path], None], str, str, int | None, str | None,
         "unterminated",
         "restore",
     ),
-    "candidate without id": (
-        edit(lambda r: {}, "predict_set.jsonl"),
+    "candidate of another kind": (
+        edit(lambda r: [r], "predict_set.jsonl"),
         "error",
         "predict_set.jsonl",
         2,
         None,
         "creative_id",
-        "{}",
-        "download",
+        '[{"creative_id"',
+        "one object per line",
+    ),
+    "candidate without id": (
+        edit(lambda r: {"a": 1}, "predict_set.jsonl"),
+        "error",
+        "predict_set.jsonl",
+        2,
+        "creative_id",
+        '{"creative_id": id',
+        'keys ["a"]',
+        "complete",
+    ),
+    "candidate with a name": (
+        edit(lambda r: {**r, "creative_id": "x"}, "predict_set.jsonl"),
+        "error",
+        "predict_set.jsonl",
+        2,
+        "creative_id",
+        "an integer",
+        '"x"',
+        "raw id",
     ),
     "candidate without features": (
         edit(lambda r: {**r, "features": 1}, "predict_set.jsonl"),
@@ -635,15 +656,95 @@ CASES: dict[str, tuple[Callable[[Path], None], str, str, int | None, str | None,
         "1",
         "feature id",
     ),
+    "candidate with a negative row": (
+        edit(lambda r: {**r, "retrieval_id": -1}, "predict_set.jsonl"),
+        "error",
+        "predict_set.jsonl",
+        2,
+        "retrieval_id",
+        "an integer from 0",
+        "-1",
+        "number",
+    ),
+    "candidate with another's row": (
+        edit(lambda r: {**r, "retrieval_id": 0}, "predict_set.jsonl"),
+        "error",
+        "predict_set.jsonl",
+        2,
+        "retrieval_id",
+        "each id once",
+        "0 again",
+        "number",
+    ),
+    "candidate twice": (
+        edit(lambda r: {**r, "creative_id": 25_000_000_020}, "predict_set.jsonl"),
+        "warning",
+        "predict_set.jsonl",
+        13,
+        "creative_id",
+        "each item once",
+        "25000000020 again",
+        "both are ranked",
+    ),
+    "candidate with an unseen value": (
+        edit(lambda r: {**r, "features": {"100": 7}}, "predict_set.jsonl"),
+        "warning",
+        "predict_set.jsonl",
+        2,
+        "100",
+        "values 1..6",
+        "7",
+        "missing",
+    ),
+    "blank candidate": (
+        edit(lambda r: "", "predict_set.jsonl", line=17),
+        "warning",
+        "predict_set.jsonl",
+        17,
+        None,
+        "a candidate on every line",
+        "blank",
+        "left out",
+    ),
+    "no candidate": (
+        write("predict_set.jsonl", "\n"),
+        "error",
+        "predict_set.jsonl",
+        None,
+        None,
+        "at least one candidate",
+        "none",
+        "download",
+    ),
+    "no test user": (
+        write("predict_seq.jsonl", ""),
+        "error",
+        "predict_seq.jsonl",
+        None,
+        None,
+        "at least one user",
+        "none",
+        "download",
+    ),
+    "offsets of test users": (
+        write("predict_seq_offsets.pkl", [0]),
+        "warning",
+        "predict_seq_offsets.pkl",
+        None,
+        None,
+        "an offset for every line",
+        "1 offsets of 6 lines",
+        "written again",
+    ),
     "candidate in another row": (
-        edit(lambda r: {**r, "retrieval_id": 9}, "predict_set.jsonl"),
+        edit(lambda r: {**r, "retrieval_id": 99}, "predict_set.jsonl"),
         "warning",
         "predict_set.jsonl",
         2,
         "retrieval_id",
         "counted from 0",
-        "9 in row 1",
-        "number",
+        "99 in row 1",
+        "numbered again",
     ),
     **{
         f"no {name}": (remove(name), "error", name, None, None, "the file", "no such file", "download")
@@ -672,13 +773,16 @@ def test_fault_is_found(name: str, folder: Path, tmp_path: Path):
     if severity == "warning":
         assert not any(fault.severity == "error" for fault in faults), "\n".join(map(str, faults))
         prepare_contest(folder, tmp_path / "out", workers=1)
+    elif not file.endswith("_offsets.pkl"):  # which prepare does not read
+        with pytest.raises(DataError):
+            prepare_contest(folder, tmp_path / "out", workers=1)
 
 
 def test_sound_folder_has_only_the_candidates_news(folder: Path):
     faults = check_contest(folder)
     news = {"item_id", "102", "111"}  # test users and candidates are made with items and values that nobody has seen
     assert {fault.field for fault in faults} == news
-    assert {Path(fault.file).name for fault in faults} == {"predict_seq.jsonl", "predict_set.jsonl"}
+    assert {Path(fault.file).name for fault in faults} == set(PREDICT)
 
 
 def test_irregular_folder_has_warnings_alone(tmp_path: Path):
@@ -725,14 +829,13 @@ def test_folder_that_is_not_there(tmp_path: Path):
 
 def test_prepare_refuses_what_is_an_error_and_nothing_else(tmp_path: Path):
     source = write_contest(tmp_path / "in", num_users=3, num_items=12, mean_length=4, seed=3, irregular=True)
-    for name in ("predict_seq.jsonl", "predict_set.jsonl"):
-        (source / name).unlink()
-    files = [source / "seq.jsonl", source / "item_feat_dict.json", source / "creative_emb/emb_81_32/emb_81_1.json"]
+    names = ("seq.jsonl", "item_feat_dict.json", "creative_emb/emb_81_32/emb_81_1.json", *PREDICT)
+    files = [source / name for name in names]
     good = {path: path.read_bytes() for path in files}
     generator = random.Random(11)
     outcomes = {True: 0, False: 0}
     pieces = [b"[", b"]", b"{", b'"', b"\xff", b"9" * 30, b"null", b"\n", b"-", b"1e9", b"true", b'"a"', b", "]
-    for attempt in range(90):
+    for attempt in range(110):
         path = files[attempt % len(files)]
         data = bytearray(good[path])
         place = generator.randrange(len(data))

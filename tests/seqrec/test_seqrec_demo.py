@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from apps.seqrec.contest_check import check_contest
 from apps.seqrec.dataset import Sequences
-from apps.seqrec.demo import demo_sequences, write_demo
+from apps.seqrec.demo import demo_sequences, write_demo, write_text
 from apps.seqrec.formats import check_source, detect_format, read_sequences
 
 
@@ -143,7 +144,7 @@ def test_the_kind_that_the_history_shows_predicts_the_successor_better_than_the_
 
 def test_the_file_holds_exactly_the_demo_data(tmp_path: Path, small: Sequences, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("apps.seqrec.demo.demo_sequences", lambda: small)
-    path = write_demo(tmp_path / "new" / "folder")
+    path = write_text(tmp_path / "new" / "folder")
     assert path == tmp_path / "new" / "folder" / "demo.txt"
     sequences = read_sequences(path)
     assert same(sequences, small)
@@ -157,12 +158,27 @@ def test_an_equal_file_is_left_alone_and_another_replaced(
     tmp_path: Path, small: Sequences, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("apps.seqrec.demo.demo_sequences", lambda: small)
-    path = write_demo(tmp_path)
+    path = write_text(tmp_path)
     written, content = path.stat(), path.read_bytes()
-    again = write_demo(tmp_path).stat()
+    again = write_text(tmp_path).stat()
     assert (again.st_ino, again.st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
     path.write_bytes(content[:-1])
-    assert write_demo(tmp_path).read_bytes() == content
+    assert write_text(tmp_path).read_bytes() == content
+
+
+def test_the_demo_is_a_whole_contest_folder_that_is_left_alone_once_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("apps.seqrec.demo.CONTEST_USERS", 20)
+    monkeypatch.setattr("apps.seqrec.demo.CONTEST_ITEMS", 30)
+    folder = write_demo(tmp_path / "new" / "folder")
+    expected = {"seq.jsonl", "seq_offsets.pkl", "predict_seq.jsonl", "predict_seq_offsets.pkl", "predict_set.jsonl"}
+    expected |= {"indexer.pkl", "item_feat_dict.json", "creative_emb", "contest_demo.json"}
+    assert {entry.name for entry in folder.iterdir()} == expected
+    written = (folder / "seq.jsonl").stat()
+    again = (write_demo(folder) / "seq.jsonl").stat()
+    assert (again.st_ino, again.st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
+    assert check_contest(folder) == []
 
 
 @pytest.mark.parametrize("arguments", [{"num_users": 0}, {"num_items": 179}])

@@ -122,6 +122,9 @@ def slow_ranks(
         history, target = whole[: -HELD_OUT[stage]], whole[-HELD_OUT[stage]]
         seen = history if filter_last is None else history[-filter_last:]
         negatives = sampled[len(ranks)] if sampled else []
+        if protocol == "filtered" and target in seen:
+            ranks.append(10**9)
+            continue
         rivals = rivals_of(protocol, seen, sequences.num_items, negatives)
         ranks.append(rank(scores_of(user, history), target, rivals))
     return ranks
@@ -190,18 +193,17 @@ def test_the_whole_history_is_filtered_and_not_only_what_the_model_sees():
     assert evaluate(model, sequences, "test", config=config, packed=True) == approximately(metrics_of(ranks))
 
 
-def test_a_target_that_occurs_in_the_history_is_ranked_like_any_other():
-    # everybody ends with the item they began with
+def test_a_target_that_the_history_already_holds_is_missed_because_it_would_never_be_recommended():
+    # everybody ends with the item they began with; without a history to filter it would come first
     config = configure(model={"num_blocks": 0, "position": "none"})
     sequences = make_sequences([[7, 1 + u, 9 + u, 7] for u in range(6)], 45)
     model = make_model(config)
-    ranks = slow_ranks(sequences, "test", "filtered", model_scores(model, sequences))
-    assert evaluate(model, sequences, "test", config=config, packed=True) == approximately(metrics_of(ranks))
     with torch.no_grad():
-        model.item.weight.zero_()
-    everything_ties = evaluate(model, sequences, "test", config=config, packed=True)
-    distinct = [len({7, 1 + u, 9 + u}) for u in range(6)]
-    assert everything_ties == approximately(metrics_of([45 - seen + 1 for seen in distinct]))
+        model.item.weight.copy_(torch.ones(46, 1) * torch.randn(16)).mul_(torch.arange(46)[:, None] == 7)
+    found = evaluate(model, sequences, "test", config=config, packed=True)
+    assert found == approximately(metrics_of([10**9] * 6))
+    others = baselines(sequences, "test", config=config)
+    assert [row["HR@40"] for row in others.values()] == [0, 0, 0]
 
 
 def test_a_model_that_gives_every_item_the_same_score_finds_nothing():
@@ -450,13 +452,17 @@ def test_predictions_are_the_best_items_after_the_whole_history(keep_seen, k, pa
 def test_the_protocol_text_says_how_the_number_was_made():
     sequences = make_sequences([*random_histories(), [1], [2]], 45)
     users = sum(length >= 3 for length in LENGTHS)
-    texts = {(stage, protocol): protocol_text(sequences, stage, protocol) for stage in STAGES for protocol in PROTOCOLS}
+    texts = {
+        (stage, protocol): protocol_text(sequences, stage, configure(protocol=protocol))
+        for stage in STAGES
+        for protocol in PROTOCOLS
+    }
     for (stage, _), text in texts.items():
         for words in ("leave-one-out", f"{stage} (", f"all {users} users", "ties against the model"):
             assert words in text
     assert "(last event)" in texts["test", "filtered"]
     assert "(second to last event)" in texts["valid", "filtered"]
-    assert "full ranking over 45 items, history filtered" in texts["test", "filtered"]
+    assert "full ranking over 45 items, history filtered (a target in it is missed)" in texts["test", "filtered"]
     assert "full ranking over 45 items, history not filtered" in texts["test", "unfiltered"]
     assert "100 sampled unseen items: not comparable with a full ranking" in texts["test", "sampled"]
     assert "full ranking over" not in texts["test", "sampled"]
