@@ -22,6 +22,7 @@ LEVELS = {
     **dict.fromkeys(
         ("seed", "device", "negatives", "pk_sampler", "ranking", "schedule", "config", "files", "pickles", "compat"), 0
     ),
+    **dict.fromkeys(("faults", "tokens", "packs", "clcrec_folder"), 0),  # what readers of sources share
     **dict.fromkeys(("loaders", "amp", "log", "checkpoint", "distributed", "timing"), 1),
     **dict.fromkeys(("progress", "cli", "report"), 2),  # report reads what log and timing have written
 }

@@ -14,24 +14,18 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from shared.clcrec_folder import MODALITIES as MODALITIES
+from shared.clcrec_folder import WordLists
 from shared.ranking import Lists
 from shared.seed import make_generator
 
-MODALITIES = ("v", "a", "t")  # visual, acoustic, textual: feat_v, feat_a, feat_t of the original's folders
 ORDER_STREAM = 1  # streams keep the draws of one (seed, epoch, step) apart
 
 Stage = Literal["valid", "test"]
 STAGES: tuple[Stage, ...] = ("valid", "test")
 Group = Literal["all", "warm", "cold"]
 GROUPS: tuple[Group, ...] = ("all", "warm", "cold")
-
-
-class Words(NamedTuple):
-    """Text features as lists of words instead of numbers (the original's tiktok folder)."""
-
-    item: Tensor  # [Z] int64, rising
-    word: Tensor  # [Z] int64, 0..num_words-1
-    num_words: int
+Words = WordLists  # by another name, as WordLists of model.py are those words in another form
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ the order of the source (contest_join.py), so the packs do not depend on the num
 import hashlib
 import json
 import re
-import shlex
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +36,7 @@ import torch
 from torch import Tensor
 
 from apps.seqrec import contest_lines
-from apps.seqrec.contest_embeddings import Family, JoinedVectors, choose_families
+from apps.seqrec.contest_embeddings import Embedding, Family, JoinedVectors, choose_families
 from apps.seqrec.contest_join import (
     FaultError,
     Joined,
@@ -54,8 +53,8 @@ from apps.seqrec.contest_join import (
     worker_count,
 )
 from apps.seqrec.contest_lines import ITEM_FIELDS, USER_ARRAYS, USER_FIELDS, BadLine, Schema
-from apps.seqrec.dataset import Embedding, Sequences
-from apps.seqrec.formats import DataError, Fault
+from apps.seqrec.dataset import Sequences
+from shared.faults import DataError, Fault
 from shared.files import (
     DamagedFileError,
     bytes_to_ids,
@@ -68,6 +67,7 @@ from shared.files import (
     replace,
     write_pack,
 )
+from shared.packs import write_again
 from shared.pickles import UnsafePickleError, load_pickle
 from shared.ranking import Lists
 
@@ -75,7 +75,6 @@ EVENTS_FILE, INDEXER_FILE, ITEMS_FILE = "seq.jsonl", "indexer.pkl", "item_feat_d
 PREDICT_FILE, CANDIDATES_FILE = "predict_seq.jsonl", "predict_set.jsonl"
 REQUIRED_FILES = (EVENTS_FILE, INDEXER_FILE, ITEMS_FILE)
 
-_PREPARE = "python -m apps.seqrec prepare"
 _KIND = {
     "seq": "seqrec contest events",
     "items": "seqrec contest items",
@@ -526,7 +525,7 @@ def _events(
 
 
 def _again(folder: Path) -> str:
-    return f"write it again: {_PREPARE} SOURCE {shlex.quote(str(folder))}"
+    return write_again("seqrec", folder)
 
 
 def _read_pack(

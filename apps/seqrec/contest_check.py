@@ -36,7 +36,7 @@ from apps.seqrec.contest_lines import (
     parse_json,
     quote,
 )
-from apps.seqrec.formats import DataError, Fault, Severity
+from shared.faults import DataError, Fault, Findings, Severity
 from shared.pickles import UnsafePickleError, load_pickle
 
 _OFFSETS = {EVENTS_FILE: "seq_offsets.pkl", PREDICT_FILE: "predict_seq_offsets.pkl"}
@@ -53,13 +53,13 @@ _DOWNLOAD = "download the file again"
 
 def check_contest(source: Path, *, limit: int = 20) -> list[Fault]:
     """Everything that is wrong with a contest folder, errors first: at most `limit` faults, then one for the rest."""
-    findings = _Findings(source, limit)
+    findings = _Findings(source, limit=limit)
     if not source.is_dir():
-        findings.error(source, "a folder with the contest's files", "no folder at this path", "check the spelling")
+        findings.add(source, "a folder with the contest's files", "no folder at this path", "check the spelling")
         return findings.listing()
     for name in REQUIRED_FILES:
         if not (source / name).is_file():
-            findings.error(source / name, "the file", "no such file", f"download it into {source}")
+            findings.add(source / name, "the file", "no such file", f"download it into {source}")
     for name, repair in _OPTIONAL.items():
         if not (source / name).exists():
             findings.warn(source / name, None, None, "the file", "no such file", repair)
@@ -82,55 +82,38 @@ def check_contest(source: Path, *, limit: int = 20) -> list[Fault]:
 # Faults, collected
 
 
-class _Findings:
+class _Findings(Findings):
     """Faults as they are found, changed in place: the first errors, and every kind of warning with its number."""
 
-    def __init__(self, source: Path, limit: int) -> None:
-        self.source = source
-        self.limit = limit
-        self.errors: list[Fault] = []
-        self.num_errors = 0
-        self.warnings: dict[tuple[Path, str | None, str], tuple[Fault, int]] = {}
-
-    def error(
-        self,
-        file: Path,
-        expected: str,
-        found: str,
-        repair: str,
-        *,
-        line: int | None = None,
-        field: str | None = None,
-    ) -> None:
-        self.num_errors += 1
-        if len(self.errors) < self.limit:
-            self.errors.append(Fault(str(file), line, field, expected, found, repair))
+    def __init__(self, path: Path, *, limit: int) -> None:
+        super().__init__(path, limit=limit)
+        self.kinds: dict[tuple[Path, str | None, str], tuple[Fault, int]] = {}
 
     def bad_line(self, file: Path, error: BadLine) -> None:
-        self.error(file, error.expected, error.found, error.repair, line=error.line, field=error.field)
+        self.add(file, error.expected, error.found, error.repair, line=error.line, field=error.field)
 
     def warn(
         self, file: Path, line: int | None, field: str | None, expected: str, found: str, repair: str, count: int = 1
     ) -> None:
         key = (file, field, expected)
-        fault, so_far = self.warnings.get(key, (None, 0))
+        fault, so_far = self.kinds.get(key, (None, 0))
         if fault is None:
             fault = Fault(str(file), line, field, expected, found, repair, "warning")
-        self.warnings[key] = (fault, so_far + count)
+        self.kinds[key] = (fault, so_far + count)
 
     def listing(self) -> list[Fault]:
         warnings = []
-        for fault, count in self.warnings.values():
+        for fault, count in self.kinds.values():
             found = fault.found if count == 1 else f"{fault.found} ({count:,} times in the file)"
             warnings.append(Fault(fault.file, fault.line, fault.field, fault.expected, found, fault.repair, "warning"))
         shown = (self.errors + warnings)[: self.limit]
-        errors = self.num_errors - sum(fault.severity == "error" for fault in shown)
+        errors = self.total["error"] - sum(fault.severity == "error" for fault in shown)
         kinds = len(warnings) - sum(fault.severity == "warning" for fault in shown)
         if errors or kinds:
             found = " and ".join(f"{n:,} more {what}" for n, what in ((errors, "errors"), (kinds, "warnings")) if n)
             severity: Severity = "error" if errors else "warning"
             repair = "repair these first, or raise the limit"
-            shown.append(Fault(str(self.source), None, None, f"at most {self.limit} faults", found, repair, severity))
+            shown.append(Fault(str(self.path), None, None, f"at most {self.limit} faults", found, repair, severity))
         return shown
 
 
@@ -157,7 +140,7 @@ def _check_indexer(file: Path, findings: _Findings) -> _Known | None:
         return None
     faults = list(indexer_faults(file, content))
     for fault in faults:
-        findings.error(file, fault.expected, fault.found, fault.repair, field=fault.field)
+        findings.add(file, fault.expected, fault.found, fault.repair, field=fault.field)
     if faults:
         return None
     form = {*ITEM_FIELDS, *USER_FIELDS, *USER_ARRAYS}
@@ -172,7 +155,7 @@ def _check_indexer(file: Path, findings: _Findings) -> _Known | None:
 
 def _add_unsafe(file: Path, error: UnsafePickleError, findings: _Findings) -> None:
     found = str(error).removeprefix(f"{file}: ")
-    findings.error(file, "a pickle of plain data", found, "do not open it with pickle; download it from its owner")
+    findings.add(file, "a pickle of plain data", found, "do not open it with pickle; download it from its owner")
 
 
 def _check_items(file: Path, known: _Known | None, findings: _Findings) -> None:
@@ -241,7 +224,7 @@ def _check_events(file: Path, known: _Known | None, findings: _Findings) -> int:
         except BadLine as error:
             findings.bad_line(file, error)
     if not num_users:
-        findings.error(file, "at least one user", "none", _DOWNLOAD)
+        findings.add(file, "at least one user", "none", _DOWNLOAD)
     return number
 
 
@@ -371,7 +354,7 @@ def _check_candidates(file: Path, known: _Known | None, findings: _Findings) -> 
             continue
         if candidate.retrieval in retrieval:
             fault = repeated_retrieval(file, number, candidate.retrieval)
-            findings.error(file, fault.expected, fault.found, fault.repair, line=number, field=fault.field)
+            findings.add(file, fault.expected, fault.found, fault.repair, line=number, field=fault.field)
         elif candidate.retrieval != row:
             found = f"{candidate.retrieval} in row {row}"
             repair = "nothing to do for us; other programs need the rows numbered again"
@@ -385,7 +368,7 @@ def _check_candidates(file: Path, known: _Known | None, findings: _Findings) -> 
         if known is not None:
             _check_features(file, number, candidate.features, known, ITEM_FIELDS, (), findings)
     if row < 0:
-        findings.error(file, "at least one candidate", "none", _DOWNLOAD)
+        findings.add(file, "at least one candidate", "none", _DOWNLOAD)
     return frozenset(creative)
 
 
@@ -409,7 +392,7 @@ def _check_families(source: Path, known: _Known | None, cold: frozenset[str], fi
                     pass
             except FaultError as error:
                 fault = error.fault
-                findings.error(family.files[0], fault.expected, fault.found, fault.repair, field=fault.field)
+                findings.add(family.files[0], fault.expected, fault.found, fault.repair, field=fault.field)
             except DataError as error:
                 _add_unsafe(family.files[0], UnsafePickleError(str(error)), findings)
 

@@ -19,8 +19,7 @@ from torch import Tensor
 from apps.seqrec import contest_lines
 from apps.seqrec.contest_join import FaultError, Joined, Rows, Say
 from apps.seqrec.contest_lines import BadLine
-from apps.seqrec.dataset import Embedding
-from apps.seqrec.formats import DataError, Fault
+from shared.faults import DataError, Fault
 from shared.pickles import UnsafePickleError, load_npy, load_pickle
 
 EMBEDDINGS_FOLDER = "creative_emb"
@@ -105,6 +104,13 @@ def choose_families(source: Path, wanted: Sequence[str] | None, *, num_items: in
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Vectors
+
+
+class Embedding(NamedTuple):
+    """A family of items' embeddings; row 0 is padding."""
+
+    value: Tensor  # [I + 1 or more, W] float16, zeros where the item has none
+    present: Tensor  # the same rows, bool
 
 
 class JoinedVectors(Joined):

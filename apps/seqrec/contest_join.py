@@ -25,7 +25,7 @@ from torch import Tensor
 
 from apps.seqrec import contest_lines
 from apps.seqrec.contest_lines import ITEM_FIELDS, USER_ARRAYS, USER_FIELDS, BadLine, Report, Schema
-from apps.seqrec.formats import DataError, Fault
+from shared.faults import DataError, Fault
 
 Say = Callable[[str], None]
 Arrays = dict[str, "array[Any]"]

@@ -1,7 +1,7 @@
 """Frozen tensors of all events, and batches made from them by index arithmetic.
 
 Legend: U users, E events, B sequences of a batch, R rows, L row length (tokens), N targets, K shared negatives,
-C rows of features that a batch uses, W width of an embedding.
+C rows of features that a batch uses.
 
 A batch is a gather: nothing is looped over per event, and nothing is drawn here except through a generator that is a
 pure function of (seed, epoch). Two layouts hold the same sequences and give the same losses:
@@ -33,13 +33,6 @@ WINDOW_STREAM = 2
 SPLIT_STREAM = 7
 
 Stage = Literal["valid", "test", "all"]
-
-
-class Embedding(NamedTuple):
-    """A family of items' embeddings; row 0 is padding."""
-
-    value: Tensor  # [I + 1 or more, W] float16, zeros where the item has none
-    present: Tensor  # the same rows, bool
 
 
 class HeldOut(NamedTuple):

@@ -14,15 +14,18 @@ raises the first error that `check_source` lists: both walk through the same rul
 
 import math
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from apps.seqrec.dataset import MIN_EVENTS, Sequences
+from shared.faults import DataError as DataError
+from shared.faults import Fault as Fault
+from shared.faults import Findings, many, places, quote
 from shared.files import (
     DamagedFileError,
     bytes_to_ids,
@@ -33,6 +36,8 @@ from shared.files import (
     relative_path,
     write_pack,
 )
+from shared.packs import write_again
+from shared.tokens import Table, integers, tokenise
 
 FORMATS = ("auto", "pairs", "lines", "inter", "pack")
 
@@ -41,7 +46,6 @@ _PACK_KIND = "seqrec sequences"
 _PACK_LAYOUT = 1  # changes whenever a pack's tensors change their meaning
 _FOLDER_SUFFIXES = (".inter", ".safetensors", ".txt")
 _COLUMNS = {"user_id": "token", "item_id": "token", "timestamp": "float"}  # the columns of an .inter file that are read
-_MAX_DIGITS = 18  # every integer of so many digits fits into 64 bits
 _MAX_TIME = 9e18
 _UNIT_BOUNDS = (
     1e11,
@@ -50,30 +54,6 @@ _UNIT_BOUNDS = (
 )  # seconds stay below the first until the year 5138, milliseconds are above it since 1973
 _UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")
 _MAX_RATING = 10
-
-Severity = Literal["error", "warning"]
-
-
-class DataError(ValueError):
-    """The source cannot be read; the text is that of its first fault."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One thing that is wrong with a source: where, what belongs there, what stands there, and what to do."""
-
-    file: str
-    line: int | None  # counted from 1; None where the fault is not on one line
-    field: str | None
-    expected: str
-    found: str
-    repair: str
-    severity: Severity = "error"
-
-    def __str__(self) -> str:
-        place = self.file if self.line is None else f"{self.file}:{self.line}"
-        field = "" if self.field is None else f"{self.field}: "
-        return f"{place}: {self.severity}: {field}expected {self.expected}, found {self.found}; {self.repair}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,10 +67,10 @@ def read_sequences(path: Path, *, format: str = "auto") -> Sequences:  # noqa: A
     Ids are arbitrary tokens; a column of integers is numbered by value, any other by first appearance. Raises DataError
     with the first error that `check_source` would list.
     """
-    findings = _Findings(str(path), limit=1)
-    sequences, _ = _load(path, format, findings)
+    findings = Findings(path, limit=1)
+    sequences, _, reading = _load(path, format, findings)
     if findings.errors:
-        note = findings.reading if format == "auto" else ""
+        note = reading if format == "auto" else ""
         raise DataError(f"{findings.errors[0]}{note}")
     assert sequences is not None
     return sequences
@@ -101,8 +81,8 @@ def check_source(path: Path, *, format: str = "auto", limit: int = 20) -> list[F
 
     What `read_sequences` raises for is an error, what it can live with a warning.
     """
-    findings = _Findings(str(path), limit=limit)
-    _, events = _load(path, format, findings)
+    findings = Findings(path, limit=limit)
+    _, events, _ = _load(path, format, findings)
     if events is not None:
         _check_quality(events, findings)
     return findings.listing()
@@ -110,7 +90,7 @@ def check_source(path: Path, *, format: str = "auto", limit: int = 20) -> list[F
 
 def detect_format(path: Path) -> tuple[str, str]:
     """The format that "auto" takes for a file or folder, and a sentence that says why and how to force another one."""
-    findings = _Findings(str(path), limit=1)
+    findings = Findings(path, limit=1)
     file = _resolve(path, findings)
     source = None if file is None else _open(file, "auto", findings)
     if source is None:
@@ -152,64 +132,6 @@ def write_sequences(path: Path, sequences: Sequences, *, source: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Faults, collected
-
-
-class _Findings:
-    """Faults as the rules find them, changed in place: the first `limit` of either severity, and the number of all."""
-
-    def __init__(self, file: str, *, limit: int) -> None:
-        self.file = file
-        self.limit = limit
-        self.errors: list[Fault] = []
-        self.warnings: list[Fault] = []
-        self.total = {"error": 0, "warning": 0}
-        self.reading = ""  # how "auto" understood the file, for an error's text
-
-    def add(
-        self,
-        expected: str,
-        found: str,
-        repair: str,
-        *,
-        line: int | None = None,
-        field: str | None = None,
-        severity: Severity = "error",
-    ) -> None:
-        self.total[severity] += 1
-        kept = self.errors if severity == "error" else self.warnings
-        if len(kept) < self.limit:
-            kept.append(Fault(self.file, line, field, expected, found, repair, severity))
-
-    def each(self, places: Tensor, describe: Callable[[int], None]) -> None:
-        """Have `describe` add one error for each of the places ([N] int64); only the first `limit` are visited."""
-        for place in places[: self.limit].tolist():
-            describe(place)
-        self.total["error"] += max(0, places.numel() - self.limit)
-
-    def listing(self) -> list[Fault]:
-        shown = (self.errors + self.warnings)[: self.limit]
-        errors = self.total["error"] - sum(fault.severity == "error" for fault in shown)
-        warnings = self.total["warning"] - sum(fault.severity == "warning" for fault in shown)
-        if errors or warnings:
-            counts = ((errors, "more error"), (warnings, "more warning"))
-            found = " and ".join(_many(count, noun) for count, noun in counts if count)
-            repair = "repair these first, or raise the limit"
-            severity: Severity = "error" if errors else "warning"
-            shown.append(Fault(self.file, None, None, f"at most {self.limit} faults", found, repair, severity))
-        return shown
-
-
-def _quote(text: str) -> str:
-    """The text on one line, in ASCII, cut where it is long."""
-    return ascii(text if len(text) <= 40 else text[:37] + "...")
-
-
-def _many(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # From a path to events
 
 
@@ -238,15 +160,19 @@ class _Source:
     data: bytes
 
 
-def _load(path: Path, format: str, findings: _Findings) -> tuple[Sequences | None, _Events | None]:  # noqa: A002
-    """The sequences, and the events they were made from; None where errors were found on the way."""
+def _load(
+    path: Path,
+    format: str,  # noqa: A002
+    findings: Findings,
+) -> tuple[Sequences | None, _Events | None, str]:
+    """The sequences, the events they were made from, None where errors were found on the way; and how it was read."""
     if format not in FORMATS:
         raise DataError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
     file = _resolve(path, findings)
     source = None if file is None else _open(file, format, findings)
     if file is None or source is None:
-        return None, None
-    findings.reading = f" (read as {source.format}, because {source.reason})"
+        return None, None, ""
+    reading = f" (read as {source.format}, because {source.reason})"
     sequences = _load_pack(file, findings) if source.format == "pack" else None
     if source.format == "pack":
         events = None if sequences is None else _events_of(sequences)
@@ -254,23 +180,23 @@ def _load(path: Path, format: str, findings: _Findings) -> tuple[Sequences | Non
         events = _PARSERS[source.format](source.data, findings)
     if events is not None and len(events.item_ids) == 1:
         findings.add(
+            file,
             "at least two items to rank",
-            f"the one item {_quote(events.item_ids[0])} in all events",
+            f"the one item {quote(events.item_ids[0])} in all events",
             "check that the second column holds items, not ratings or flags",
         )
     if events is None or findings.errors:
-        return None, events
-    return sequences or _sequences_of(events, fingerprint([file]), file.name), events
+        return None, events, reading
+    return sequences or _sequences_of(events, fingerprint([file]), file.name), events, reading
 
 
-def _resolve(path: Path, findings: _Findings) -> Path | None:
+def _resolve(path: Path, findings: Findings) -> Path | None:
     """The file itself, or the one readable file of a folder."""
     if path.is_file():
         return path
     if not path.is_dir():
-        findings.add(
-            "an existing file or folder", "nothing at this path", "check the spelling, or download the data first"
-        )
+        repair = "check the spelling, or download the data first"
+        findings.add(path, "an existing file or folder", "nothing at this path", repair)
         return None
     names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
     readable = [name for name in names if Path(name).suffix in _FOLDER_SUFFIXES and (path / name).is_file()]
@@ -278,26 +204,27 @@ def _resolve(path: Path, findings: _Findings) -> Path | None:
     if len(readable) != 1:
         shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         found = f"{len(readable)} of them in this folder ({shown or 'it is empty'})"
-        findings.add(f"exactly one {kinds} file", found, "give the path of the file to read")
+        findings.add(path, f"exactly one {kinds} file", found, "give the path of the file to read")
         return None
-    findings.file = str(path / readable[0])
-    return path / readable[0]
+    findings.path = path / readable[0]
+    return findings.path
 
 
-def _open(file: Path, format: str, findings: _Findings) -> _Source | None:  # noqa: A002
+def _open(file: Path, format: str, findings: Findings) -> _Source | None:  # noqa: A002
     """The file's text, cleaned of what only editors see, with the format it is to be read in."""
     if format == "pack" or (format == "auto" and file.suffix == ".safetensors"):
         return _Source("pack", "its name ends in .safetensors", b"")
     raw = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
     if not raw.strip():
         found = "no bytes at all" if not raw else "only blanks and line ends"
-        findings.add("at least one event", found, "write or download the file again")
+        findings.add(file, "at least one event", found, "write or download the file again")
         return None
     position = raw.find(b"\0")
     if position >= 0:
         findings.add(
+            file,
             "text",
-            f"a NUL byte at offset {position} ({_many(raw.count(0), 'NUL byte')} in all)",
+            f"a NUL byte at offset {position} ({many(raw.count(0), 'NUL byte')} in all)",
             "the file is binary, damaged or UTF-16: restore it, or save it as UTF-8",
             line=raw.count(b"\n", 0, position) + 1,
         )
@@ -306,6 +233,7 @@ def _open(file: Path, format: str, findings: _Findings) -> _Source | None:  # no
         raw.decode("utf-8")
     except UnicodeDecodeError as error:
         findings.add(
+            file,
             "UTF-8",
             f"byte 0x{raw[error.start]:02x} at offset {error.start}",
             "save the file as UTF-8",
@@ -324,9 +252,9 @@ def _detect(file: Path, data: bytes) -> tuple[str, str]:
         return "inter", "its name ends in .inter"
     if b":token" in first_line and b"\t" in first_line:
         return "inter", "its first line is a header of name:type columns"
-    table = _tokenise(data.rstrip(), tabs=False)
+    table = tokenise(data.rstrip(), tabs=False)
     count = table.ptr.diff()
-    named = torch.nonzero(count > 0).squeeze(1)
+    named = places(count > 0)
     users = len(_ids(table, table.ptr[:-1][named]).names)
     repeated = users < named.numel()
     if (count == 2).all():
@@ -378,60 +306,7 @@ def _events_of(sequences: Sequences) -> _Events:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Bytes to tokens, tokens to ids
-
-
-@dataclass(frozen=True)
-class _Table:
-    """A text as offsets of its tokens; row r is line r + 1 of the file."""
-
-    data: bytes
-    byte: Tensor  # uint8, the data
-    start: Tensor  # [T] int64
-    end: Tensor  # [T] int64
-    ptr: Tensor  # [L + 1] int64, tokens of row r are ptr[r]:ptr[r + 1]
-
-    def text(self, token: int) -> str:
-        return self.data[int(self.start[token]) : int(self.end[token])].decode()
-
-    def row_text(self, row: int) -> str:
-        first, last = int(self.ptr[row]), int(self.ptr[row + 1])
-        return "" if first == last else self.data[int(self.start[first]) : int(self.end[last - 1])].decode()
-
-
-def _tokenise(data: bytes, *, tabs: bool) -> _Table:
-    """Tokens between runs of ASCII blanks, or (tabs) between single tabs, where they may be empty and hold spaces."""
-    data += b"\n"
-    byte = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    is_newline = byte == 10
-    if tabs:
-        end = torch.nonzero((byte == 9) | is_newline).squeeze(1)
-        start = torch.cat([end.new_zeros(1), end[:-1] + 1])
-    else:
-        is_blank = (byte == 32) | ((byte >= 9) & (byte <= 13))
-        after_blank = torch.cat([is_blank.new_ones(1), is_blank[:-1]])
-        start = torch.nonzero(after_blank & ~is_blank).squeeze(1)
-        end = torch.nonzero(is_blank & ~after_blank).squeeze(1)
-    line_start = torch.cat([start.new_zeros(1), torch.nonzero(is_newline).squeeze(1) + 1])
-    return _Table(data, byte, start, end, torch.searchsorted(start, line_start))
-
-
-def _integers(table: _Table, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens' values ([N] int64) where they are integers as Python prints them, and whether they are ([N] bool)."""
-    start, width = table.start[tokens], table.end[tokens] - table.start[tokens]
-    first = table.byte[start]
-    is_negative = first == ord("-")
-    start, width = start + is_negative, width - is_negative.long()
-    first = table.byte[start]
-    is_plain = (width >= 1) & (width <= _MAX_DIGITS) & ((first != ord("0")) | ((width == 1) & ~is_negative))
-    value = torch.zeros_like(start)
-    longest = int(width.clamp(max=_MAX_DIGITS).max()) if width.numel() else 0
-    for k in range(longest):
-        inside = width > k
-        digit = table.byte[(start + k).clamp(max=table.byte.numel() - 1)].long() - ord("0")
-        is_plain &= ~inside | ((digit >= 0) & (digit <= 9))
-        value = torch.where(inside, value * 10 + digit, value)
-    return torch.where(is_negative, -value, value), is_plain
+# Tokens to ids and times
 
 
 @dataclass(frozen=True)
@@ -440,9 +315,9 @@ class _Ids:
     names: tuple[str, ...]
 
 
-def _ids(table: _Table, tokens: Tensor) -> _Ids:
+def _ids(table: Table, tokens: Tensor) -> _Ids:
     """Numbers for the tokens: by value where all are plain integers, else by first appearance."""
-    value, is_plain = _integers(table, tokens)
+    value, is_plain = integers(table, tokens)
     if is_plain.all():
         distinct, code = torch.unique(value, return_inverse=True)
         return _Ids(code, tuple(map(str, distinct.tolist())))
@@ -452,13 +327,13 @@ def _ids(table: _Table, tokens: Tensor) -> _Ids:
     return _Ids(torch.tensor(codes), tuple(name.decode() for name in names))
 
 
-def _times(table: _Table, tokens: Tensor, rows: Tensor, field: str, findings: _Findings) -> tuple[Tensor, Tensor]:
+def _times(table: Table, tokens: Tensor, rows: Tensor, field: str, findings: Findings) -> tuple[Tensor, Tensor]:
     """The tokens as times ([N] int64, or float64 where any is no plain integer), and which are sound ([N] bool)."""
-    time, is_sound = _integers(table, tokens)
-    odd = torch.nonzero(~is_sound).squeeze(1)
+    time, is_sound = integers(table, tokens)
+    odd = places(~is_sound)
     if odd.numel():
-        texts = [table.text(token) for token in tokens[odd].tolist()]
-        time = time.double().index_copy(0, odd, torch.tensor([_number(text) for text in texts], dtype=torch.float64))
+        numbers = [_number(text) for text in table.texts(tokens[odd])]
+        time = time.double().index_copy(0, odd, torch.tensor(numbers, dtype=torch.float64))
     is_sound = (time >= 0) & (time <= _MAX_TIME)  # false for NaN, which also stands for what is no number
 
     def describe(n: int) -> None:
@@ -471,9 +346,9 @@ def _times(table: _Table, tokens: Tensor, rows: Tensor, field: str, findings: _F
             expected, repair = "a time of 0 or later", "shift all times so that none is negative, or delete the line"
         else:
             expected, repair = f"a time below {_MAX_TIME:.0e}", "write seconds since 1970, e.g. 978300760"
-        findings.add(expected, _quote(text), repair, line=int(rows[n]) + 1, field=field)
+        findings.add(findings.path, expected, quote(text), repair, line=int(rows[n]) + 1, field=field)
 
-    findings.each(torch.nonzero(~is_sound).squeeze(1), describe)
+    findings.each(places(~is_sound), describe)
     return time, is_sound
 
 
@@ -493,20 +368,26 @@ def _is_float(text: str) -> bool:
 # Rules of the text forms
 
 
-def _parse_pairs(data: bytes, findings: _Findings) -> _Events | None:
+def _parse_pairs(data: bytes, findings: Findings) -> _Events | None:
     """The events of the sound lines of SASRec text; what is wrong with the others goes to the findings."""
-    table = _tokenise(data.rstrip(), tabs=False)
+    table = tokenise(data.rstrip(), tabs=False)
     count = table.ptr.diff()
     width = 3 if int((count == 3).sum()) > int((count == 2).sum()) else 2
     form = "user item time" if width == 3 else "user item"
 
     def describe(row: int) -> None:
         text = table.row_text(row)
-        found = f"{_many(int(count[row]), 'field')} ({_quote(text)})" if text else "an empty line"
-        findings.add(f"{width} fields ({form})", found, _repair_of_fields(text, int(count[row]), width), line=row + 1)
+        found = f"{many(int(count[row]), 'field')} ({quote(text)})" if text else "an empty line"
+        findings.add(
+            findings.path,
+            f"{width} fields ({form})",
+            found,
+            _repair_of_fields(text, int(count[row]), width),
+            line=row + 1,
+        )
 
-    findings.each(torch.nonzero(count != width).squeeze(1), describe)
-    rows = torch.nonzero(count == width).squeeze(1)
+    findings.each(places(count != width), describe)
+    rows = places(count == width)
     user = table.ptr[:-1][rows]
     if _has_header(table, rows, user, rows, user + 1, findings):
         rows, user = rows[1:], user[1:]
@@ -519,10 +400,11 @@ def _parse_pairs(data: bytes, findings: _Findings) -> _Events | None:
         return None
     users, items = _ids(table, user), _ids(table, user + 1)
     if "0" in items.names:
-        padding = torch.nonzero(items.code == items.names.index("0")).squeeze(1)
+        padding = places(items.code == items.names.index("0"))
         findings.add(
+            findings.path,
             "item ids from 1 up",
-            f"item 0 ({_many(padding.numel(), 'line')}), but 0 is the padding id of that format",
+            f"item 0 ({many(padding.numel(), 'line')}), but 0 is the padding id of that format",
             "number the items from 1, e.g. by adding 1 to every item id",
             line=int(rows[padding[0]]) + 1,
             field="item",
@@ -541,21 +423,21 @@ def _repair_of_fields(text: str, count: int, width: int) -> str:
     return "keep one event per line, or read the file as lines if each line is one user's history"
 
 
-def _parse_lines(data: bytes, findings: _Findings) -> _Events | None:
+def _parse_lines(data: bytes, findings: Findings) -> _Events | None:
     """The events of the sound lines of S3-Rec text; what is wrong with the others goes to the findings."""
-    table = _tokenise(data.rstrip(), tabs=False)
+    table = tokenise(data.rstrip(), tabs=False)
     count = table.ptr.diff()
 
     def describe_short(row: int) -> None:
         text = table.row_text(row)
         if not text:
-            findings.add("user item item ...", "an empty line", "delete the line", line=row + 1)
+            findings.add(findings.path, "user item item ...", "an empty line", "delete the line", line=row + 1)
             return
-        expected = "at least one item after the user"
-        findings.add(expected, f"user {_quote(text)} without items", _repair_of_fields(text, 1, 2), line=row + 1)
+        expected, found = "at least one item after the user", f"user {quote(text)} without items"
+        findings.add(findings.path, expected, found, _repair_of_fields(text, 1, 2), line=row + 1)
 
-    findings.each(torch.nonzero(count < 2).squeeze(1), describe_short)
-    rows = torch.nonzero(count >= 2).squeeze(1)
+    findings.each(places(count < 2), describe_short)
+    rows = places(count >= 2)
     tokens, owner = _items_of_rows(table, rows)
     if _has_header(table, rows, table.ptr[:-1][rows], rows[owner], tokens, findings):
         rows = rows[1:]
@@ -565,14 +447,15 @@ def _parse_lines(data: bytes, findings: _Findings) -> _Events | None:
 
     users = _ids(table, table.ptr[:-1][rows])
     order = torch.sort(users.code, stable=True).indices
-    again = torch.nonzero(users.code[order].diff() == 0).squeeze(1) + 1
+    again = places(users.code[order].diff() == 0) + 1
     duplicate = torch.sort(order[again]).values
 
     def describe_duplicate(n: int) -> None:
         before = int(torch.nonzero(users.code == users.code[n])[0])
         findings.add(
+            findings.path,
             "one line per user",
-            f"user {_quote(users.names[int(users.code[n])])} again (first on line {int(rows[before]) + 1})",
+            f"user {quote(users.names[int(users.code[n])])} again (first on line {int(rows[before]) + 1})",
             "join the user's lines in time order, or read the file as pairs if each line is one event",
             line=int(rows[n]) + 1,
             field="user",
@@ -583,7 +466,7 @@ def _parse_lines(data: bytes, findings: _Findings) -> _Events | None:
     return _Events(users.code[owner], items.code, None, rows[owner] + 1, users.names, items.names, "lines")
 
 
-def _items_of_rows(table: _Table, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _items_of_rows(table: Table, rows: Tensor) -> tuple[Tensor, Tensor]:
     """The tokens after the first of each row, and which of the rows they belong to."""
     start, count = table.ptr[rows] + 1, table.ptr[rows + 1] - table.ptr[rows] - 1
     owner = torch.repeat_interleave(torch.arange(rows.numel()), count)
@@ -591,22 +474,22 @@ def _items_of_rows(table: _Table, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _has_header(
-    table: _Table, rows: Tensor, users: Tensor, item_rows: Tensor, items: Tensor, findings: _Findings
+    table: Table, rows: Tensor, users: Tensor, item_rows: Tensor, items: Tensor, findings: Findings
 ) -> bool:
     """Whether the first row is words above nothing but integers: a header, which would become an event of its own."""
-    if rows.numel() < 3 or _integers(table, users[:1])[1]:
+    if rows.numel() < 3 or integers(table, users[:1])[1]:
         return False
-    is_word_user, is_word_item = ~_integers(table, users)[1], ~_integers(table, items)[1]
+    is_word_user, is_word_item = ~integers(table, users)[1], ~integers(table, items)[1]
     if not (is_word_user[0] and int(is_word_user.sum()) == 1 and torch.equal(is_word_item, item_rows == rows[0])):
         return False
-    text = _quote(table.row_text(int(rows[0])))
-    findings.add("an event", f"a header line ({text})", "delete the line", line=int(rows[0]) + 1)
+    text = quote(table.row_text(int(rows[0])))
+    findings.add(findings.path, "an event", f"a header line ({text})", "delete the line", line=int(rows[0]) + 1)
     return True
 
 
-def _parse_inter(data: bytes, findings: _Findings) -> _Events | None:
+def _parse_inter(data: bytes, findings: Findings) -> _Events | None:
     """The events of the sound rows of a RecBole file; what is wrong with the others goes to the findings."""
-    table = _tokenise(data.rstrip(b"\n"), tabs=True)
+    table = tokenise(data.rstrip(b"\n"), tabs=True)
     header = [table.text(token) for token in range(int(table.ptr[1]))]
     columns = _inter_columns(header, findings)
     if columns is None:
@@ -616,25 +499,28 @@ def _parse_inter(data: bytes, findings: _Findings) -> _Events | None:
     def describe_count(row: int) -> None:
         text = table.row_text(row)
         findings.add(
+            findings.path,
             f"{len(header)} tab-separated fields as in the header",
-            f"{_many(int(count[row]), 'field')} ({_quote(text)})" if text else "an empty line",
+            f"{many(int(count[row]), 'field')} ({quote(text)})" if text else "an empty line",
             "separate the row's fields by single tabs" if text else "delete the line",
             line=row + 1,
         )
 
-    findings.each(torch.nonzero(count != len(header)).squeeze(1), describe_count)
-    rows = torch.nonzero(count == len(header)).squeeze(1)[1:]
+    findings.each(places(count != len(header)), describe_count)
+    rows = places(count == len(header))[1:]
     if count.numel() == 1:
-        findings.add("rows below the header", "only the header", "write or download the file again", line=1)
+        repair = "write or download the file again"
+        findings.add(findings.path, "rows below the header", "only the header", repair, line=1)
 
     for name, column in columns.items():
         token = table.ptr[:-1][rows] + column
         is_empty = table.start[token] == table.end[token]
 
         def describe_empty(n: int, rows: Tensor = rows, name: str = name) -> None:
-            findings.add("a value", "an empty field", "fill it in or delete the row", line=int(rows[n]) + 1, field=name)
+            repair = "fill it in or delete the row"
+            findings.add(findings.path, "a value", "an empty field", repair, line=int(rows[n]) + 1, field=name)
 
-        findings.each(torch.nonzero(is_empty).squeeze(1), describe_empty)
+        findings.each(places(is_empty), describe_empty)
         rows = rows[~is_empty]
 
     time = None
@@ -649,29 +535,29 @@ def _parse_inter(data: bytes, findings: _Findings) -> _Events | None:
     return _Events(users.code, items.code, time, rows + 1, users.names, items.names, "inter")
 
 
-def _inter_columns(header: list[str], findings: _Findings) -> dict[str, int] | None:
+def _inter_columns(header: list[str], findings: Findings) -> dict[str, int] | None:
     """Where the columns that are read stand, or None where the header is at fault."""
     names = [field.partition(":")[0] for field in header]
-    shown = _quote(" ".join(header))
+    shown = quote(" ".join(header))
     wrong = False
     for name, kind in _COLUMNS.items():
         if name not in names:
             if name != "timestamp":
                 repair = "rename or add the column; fields are separated by tabs"
-                findings.add(f"a column {name}:{kind} in the header", shown, repair, line=1, field=name)
+                findings.add(findings.path, f"a column {name}:{kind} in the header", shown, repair, line=1, field=name)
                 wrong = True
         elif names.count(name) > 1:
             found = f"{names.count(name)} columns {name}"
-            findings.add(f"one column {name}", found, "remove or rename all but one", line=1, field=name)
+            findings.add(findings.path, f"one column {name}", found, "remove or rename all but one", line=1, field=name)
             wrong = True
         elif header[names.index(name)] != f"{name}:{kind}":
-            found = _quote(header[names.index(name)])
-            findings.add(f"{name}:{kind}", found, f"give the column the type {kind}", line=1, field=name)
+            found = quote(header[names.index(name)])
+            findings.add(findings.path, f"{name}:{kind}", found, f"give the column the type {kind}", line=1, field=name)
             wrong = True
     return None if wrong else {name: names.index(name) for name in _COLUMNS if name in names}
 
 
-def _check_units(time: Tensor, rows: Tensor, field: str, findings: _Findings) -> None:
+def _check_units(time: Tensor, rows: Tensor, field: str, findings: Findings) -> None:
     """Error where some times can only be seconds and others only milliseconds (or finer)."""
     unit = torch.bucketize(time.double(), torch.tensor(_UNIT_BOUNDS, dtype=torch.float64))
     counts = torch.bincount(unit, minlength=len(_UNITS)).tolist()
@@ -680,9 +566,10 @@ def _check_units(time: Tensor, rows: Tensor, field: str, findings: _Findings) ->
     usual = counts.index(max(counts))
     odd, even = int(torch.nonzero(unit != usual)[0]), int(torch.nonzero(unit == usual)[0])
     findings.add(
+        findings.path,
         f"times in one unit ({_UNITS[usual]}, as on line {int(rows[even]) + 1})",
         f"{time[odd].item():.0f}, which looks like {_UNITS[int(unit[odd])]} "
-        f"({_many(int((unit != usual).sum()), 'such line')})",
+        f"({many(int((unit != usual).sum()), 'such line')})",
         "convert all times to seconds",
         line=int(rows[odd]) + 1,
         field=field,
@@ -696,7 +583,7 @@ _PARSERS = {"pairs": _parse_pairs, "lines": _parse_lines, "inter": _parse_inter}
 # Rules about events: what a reader can live with, and a user should know
 
 
-def _check_quality(events: _Events, findings: _Findings) -> None:
+def _check_quality(events: _Events, findings: Findings) -> None:
     """Warnings about ids, times, repeated events and short histories."""
     _check_ids(events, "user", events.user, events.user_ids, findings)
     _check_ids(events, "item", events.item, events.item_ids, findings)
@@ -707,26 +594,28 @@ def _check_quality(events: _Events, findings: _Findings) -> None:
     elif events.format == "pairs":
         _check_contiguous(events, findings)
     count_U = torch.bincount(events.user, minlength=len(events.user_ids))
-    short = torch.nonzero(count_U < MIN_EVENTS).squeeze(1)
+    short = places(count_U < MIN_EVENTS)
     if short.numel():
         example = int(short[0])
         findings.add(
+            findings.path,
             f"at least {MIN_EVENTS} events per user",
-            f"{short.numel()} of {_many(len(events.user_ids), 'user')} with fewer, e.g. user "
-            f"{_quote(events.user_ids[example])} with {int(count_U[example])}",
+            f"{short.numel():,} of {many(len(events.user_ids), 'user')} with fewer, e.g. user "
+            f"{quote(events.user_ids[example])} with {int(count_U[example])}",
             "nothing to do: they are trained on, but not evaluated",
             severity="warning",
         )
 
 
-def _check_ids(events: _Events, field: str, code: Tensor, names: tuple[str, ...], findings: _Findings) -> None:
+def _check_ids(events: _Events, field: str, code: Tensor, names: tuple[str, ...], findings: Findings) -> None:
     """Integers of 0 or below are often meant as padding or as missing; as names they are harmless."""
     is_error = events.format == "pairs" and field == "item"  # there 0 has been reported as an error
     odd = [i for i, name in enumerate(names) if _is_nonpositive(name) and not (is_error and name == "0")]
     if odd:
         findings.add(
+            findings.path,
             "ids from 1 up",
-            f"{_many(len(odd), 'id')} of 0 or below, e.g. {names[odd[0]]}",
+            f"{many(len(odd), 'id')} of 0 or below, e.g. {names[odd[0]]}",
             "nothing to do if they are names, as ids are renumbered; delete their events if they mean 'missing'",
             line=events.line_of(int(torch.nonzero(code == odd[0])[0])),
             field=field,
@@ -739,17 +628,18 @@ def _is_nonpositive(name: str) -> bool:
     return digits.isascii() and digits.isdecimal() and int(name) <= 0
 
 
-def _check_contiguous(events: _Events, findings: _Findings) -> None:
+def _check_contiguous(events: _Events, findings: Findings) -> None:
     """Where order in the file is the only order there is, users that come and go may mean that it is not time."""
-    begin = torch.cat([torch.zeros(1, dtype=torch.int64), torch.nonzero(events.user.diff()).squeeze(1) + 1])
+    begin = torch.cat([torch.zeros(1, dtype=torch.int64), places(events.user.diff()) + 1])
     order = torch.sort(events.user[begin], stable=True).indices
     again = begin[order[1:][events.user[begin][order].diff() == 0]]
     if again.numel():
         first = int(again.min())
         count = torch.unique(events.user[again]).numel()
         findings.add(
+            findings.path,
             "each user's lines together, in time order",
-            f"user {_quote(events.user_ids[int(events.user[first])])} again after others ({_many(count, 'such user')})",
+            f"user {quote(events.user_ids[int(events.user[first])])} again after others ({many(count, 'such user')})",
             "check that each user's lines are in time order, or add times as a third column",
             line=events.line_of(first),
             field="user",
@@ -757,16 +647,17 @@ def _check_contiguous(events: _Events, findings: _Findings) -> None:
         )
 
 
-def _check_order(events: _Events, time: Tensor, findings: _Findings) -> None:
+def _check_order(events: _Events, time: Tensor, findings: Findings) -> None:
     order = torch.sort(events.user, stable=True).indices
     goes_back = (events.user[order].diff() == 0) & (time[order].diff() < 0)
     late = order[1:][goes_back]
     if late.numel():
         first = int(late.min())
         findings.add(
+            findings.path,
             "each user's events in time order",
-            f"{_many(late.numel(), 'event')} earlier than the one before, first of user "
-            f"{_quote(events.user_ids[int(events.user[first])])}",
+            f"{many(late.numel(), 'event')} earlier than the one before, first of user "
+            f"{quote(events.user_ids[int(events.user[first])])}",
             "nothing to do: they are sorted by time, ties in the order of the file",
             line=events.line_of(first),
             field="time",
@@ -774,12 +665,13 @@ def _check_order(events: _Events, time: Tensor, findings: _Findings) -> None:
         )
 
 
-def _check_scale(time: Tensor, findings: _Findings) -> None:
+def _check_scale(time: Tensor, findings: Findings) -> None:
     """Times that are all in milliseconds, or that are ratings."""
     smallest, largest = float(time.min()), float(time.max())
     unit = sum(smallest > bound for bound in _UNIT_BOUNDS)
     if unit:
         findings.add(
+            findings.path,
             "times in seconds",
             f"times from {smallest:.0f} on, which look like {_UNITS[unit]}",
             "convert them to seconds; their order is right in any case",
@@ -788,6 +680,7 @@ def _check_scale(time: Tensor, findings: _Findings) -> None:
         )
     elif largest <= _MAX_RATING:
         findings.add(
+            findings.path,
             "times in seconds",
             f"no time above {largest:g}, which looks like ratings",
             "put the time into that column, or leave it out where the events are in time order already",
@@ -796,7 +689,7 @@ def _check_scale(time: Tensor, findings: _Findings) -> None:
         )
 
 
-def _check_repeats(events: _Events, time: Tensor, findings: _Findings) -> None:
+def _check_repeats(events: _Events, time: Tensor, findings: Findings) -> None:
     order = torch.sort(time, stable=True).indices
     pair = events.user * len(events.item_ids) + events.item
     order = order[torch.sort(pair[order], stable=True).indices]
@@ -804,9 +697,10 @@ def _check_repeats(events: _Events, time: Tensor, findings: _Findings) -> None:
     if again.numel():
         first = int(again.min())
         findings.add(
+            findings.path,
             "each event once",
-            f"{_many(again.numel(), 'repeated event')}, first user {_quote(events.user_ids[int(events.user[first])])} "
-            f"with item {_quote(events.item_ids[int(events.item[first])])} at {time[first].item():.0f}",
+            f"{many(again.numel(), 'repeated event')}, first user {quote(events.user_ids[int(events.user[first])])} "
+            f"with item {quote(events.item_ids[int(events.item[first])])} at {time[first].item():.0f}",
             "delete the copies unless the event did happen twice in one second",
             line=events.line_of(first),
             severity="warning",
@@ -817,29 +711,31 @@ def _check_repeats(events: _Events, time: Tensor, findings: _Findings) -> None:
 # Packs
 
 
-def _load_pack(file: Path, findings: _Findings) -> Sequences | None:
+def _load_pack(file: Path, findings: Findings) -> Sequences | None:
     """The memory-mapped sequences of an undamaged pack whose source has not changed."""
-    again = f"write it again: {_PREPARE} SOURCE {shlex.quote(str(file))}"
+    again = write_again("seqrec", file)
     try:
         tensors, meta = read_pack(file, kind=_PACK_KIND, verify=True)
     except DamagedFileError as error:
-        findings.add("an undamaged pack", _without_path(error, file), again)
+        findings.add(file, "an undamaged pack", _without_path(error, file), again)
         return None
     except ValueError as error:
         findings.add(
-            "a pack of sequences", _without_path(error, file), "give the pack that `prepare` wrote, or its source"
+            file, "a pack of sequences", _without_path(error, file), "give the pack that `prepare` wrote, or its source"
         )
         return None
     if meta.get("layout") != _PACK_LAYOUT:
-        findings.add(f"a pack of layout {_PACK_LAYOUT}", f"layout {meta.get('layout')!r} of another version", again)
+        findings.add(
+            file, f"a pack of layout {_PACK_LAYOUT}", f"layout {meta.get('layout')!r} of another version", again
+        )
         return None
     fault = _fault_of_tensors(tensors)
     if fault is not None:
-        findings.add(*fault, again)
+        findings.add(file, *fault, again)
         return None
     stale = _fault_of_source(file, meta)
     if stale is not None:
-        findings.add(*stale)
+        findings.add(file, *stale)
         return None
     return Sequences(
         ptr=tensors["ptr"],
@@ -873,11 +769,11 @@ def _fault_of_tensors(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
         return f"ptr of {num_users + 1} numbers, one more than users", f"{ptr.numel()}"
     if int(ptr[0]) != 0 or int(ptr[-1]) != item.numel():
         return f"ptr from 0 to the {item.numel()} events", f"{int(ptr[0])} to {int(ptr[-1])}"
-    back = torch.nonzero(ptr.diff() < 0).squeeze(1)
+    back = places(ptr.diff() < 0)
     if back.numel():
         user = int(back[0])
         return "ptr that never falls", f"{int(ptr[user])} before {int(ptr[user + 1])} at user {user}"
-    outside = torch.nonzero((item < 1) | (item > num_items)).squeeze(1)
+    outside = places((item < 1) | (item > num_items))
     if outside.numel():
         return f"items in 1..{num_items}", f"{int(item[outside[0]])} at event {int(outside[0])}"
     if time is None:
@@ -885,7 +781,7 @@ def _fault_of_tensors(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
     if time.numel() != item.numel():
         return f"a time for each of {item.numel()} events", f"{time.numel()} times"
     starts_user = torch.zeros(item.numel() + 1, dtype=torch.bool).index_fill_(0, ptr, True)[1:-1]
-    back = torch.nonzero((time.diff() < 0) & ~starts_user).squeeze(1)
+    back = places((time.diff() < 0) & ~starts_user)
     if back.numel():
         return (
             "times in order within a user",
@@ -914,7 +810,7 @@ def _without_path(error: ValueError, file: Path) -> str:
 
 
 def _source_file(path: Path) -> Path:
-    findings = _Findings(str(path), limit=1)
+    findings = Findings(path, limit=1)
     file = _resolve(path, findings)
     if file is None:
         raise DataError(str(findings.errors[0]))
