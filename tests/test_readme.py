@@ -32,6 +32,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("apps/*
 QUICK = "--max-steps 4"
 QUICK_TINY = "--max-steps 4 --warmup-steps 0"  # the tiny file has fewer steps than the real one's warm-up
 QUICK_FEW = "--max-steps 4 --num-negatives 8"  # the small folders have too few items for more
+QUICK_ROWS = "--max-steps 4 --baselines popularity"  # the filter beside the model takes seconds
 TESTED = {
     "python -m apps.seqrec train --norm-first": QUICK,
     "python -m apps.seqrec train --config fast": QUICK,
@@ -79,6 +80,30 @@ TESTED = {
     "python -m apps.clcrec predict runs/clcrec/RUN --users-for cold --output users.jsonl": "",
     "python -m apps.clcrec predict runs/clcrec/RUN --new-items arrivals --output new-users.jsonl": "",
     "python -m apps.clcrec export vectors.safetensors --run runs/clcrec/RUN": "",
+    "python -m apps.graphrec train": QUICK_ROWS,
+    "python -m apps.graphrec train --model bspm": "--filter-rank 8",
+    "python -m apps.graphrec train --config default": QUICK_ROWS,
+    "python -m apps.graphrec train --config fast": QUICK_ROWS,
+    "python -m apps.graphrec train --data-path ratings.txt --name first": QUICK_FEW,
+    "python -m apps.graphrec --data_path movielens --num_workers 8 --batch_size 512 --l_r 0.0014 --num_neg 512": (
+        QUICK_FEW
+    ),
+    "python -m apps.graphrec check gowalla": "",
+    "python -m apps.graphrec prepare gowalla gowalla.safetensors": "",
+    "python -m apps.graphrec prepare ratings.txt ratings.safetensors --split time --min-rating 4": "",
+    "python -m apps.graphrec train --config gowalla --data-path gowalla": QUICK_FEW,
+    "python -m apps.graphrec train --config gowalla-filter --data-path gowalla": "",
+    "python -m apps.graphrec train --config clcrec-graph --data-path Data/movielens": QUICK_FEW,
+    "python -m apps.graphrec train --config balanced --data-path Data/movielens": QUICK_FEW,
+    "python -m apps.graphrec train --config turbo --data-path Data/movielens": QUICK_FEW,
+    "python -m apps.graphrec train --config quality --data-path Data/movielens": QUICK_FEW,
+    "python -m torch.distributed.run --standalone --nproc-per-node 2 -m apps.graphrec train --data-path gowalla": (
+        QUICK_FEW
+    ),
+    "python -m apps.graphrec train --resume runs/graphrec/RUN": "",
+    "python -m apps.graphrec evaluate runs/graphrec/RUN": "",
+    "python -m apps.graphrec predict runs/graphrec/RUN --k 20 --output top20.jsonl": "",
+    "python -m apps.graphrec export vectors.safetensors --run runs/graphrec/RUN": "",
 }
 
 # Command that is not run here, and why. Installing and running pytest need no entry.
@@ -111,12 +136,28 @@ def movies_text(num_items: int) -> str:
     return "".join(f"{item}::Film {item} (1999)::{genres[item % 3]}\n" for item in range(1, num_items + 1))
 
 
+def rated_text(num_users: int, num_items: int) -> str:
+    """The same as `user item rating time`."""
+    rows = [line.split("::") for line in ratings_text(num_users, num_items).splitlines()]
+    return "".join(f"{user} {item} {rating} {time}\n" for user, item, rating, time in rows)
+
+
+def part_text(num_users: int, num_items: int, *, is_test: bool) -> str:
+    """LightGCN's train.txt of the same events, or its test.txt: each user's last one."""
+    rows = [line.split() for line in lines_text(num_users, num_items).splitlines()]
+    parts = [[int(word) - 1 for word in ([row[0], row[-1]] if is_test else row[:-1])] for row in rows]
+    return "".join(" ".join(map(str, part)) + "\n" for part in parts)
+
+
 # Data files that the commands name, small.
 INPUTS = {
     "ml-1m.txt": pairs_text(60, 40),
     "Beauty.txt": lines_text(60, 40),
     "ml-1m/ratings.dat": ratings_text(60, 40),
     "ml-1m/movies.dat": movies_text(40),
+    "ratings.txt": rated_text(60, 40),
+    "gowalla/train.txt": part_text(60, 40, is_test=False),
+    "gowalla/test.txt": part_text(60, 40, is_test=True),
 }
 # And folders in CLCRec's layout.
 FOLDERS = ("Data/movielens", "Data/citeulike", "arrivals")
