@@ -30,7 +30,7 @@ LEVELS = {
 RUN_TIME_PACKAGES = {"torch", "typer", "rich", "safetensors", "yaml"}
 # Packages of the extras, and what needs them without saying so: only in these modules, and only inside a function.
 EXTRA_PACKAGES = ("numpy", "PIL", "tensorboard", "torch.utils.tensorboard", "safetensors.numpy")
-EXTRAS_ALLOWED = {"shared/log.py": ("torch.utils.tensorboard",)}
+EXTRAS_ALLOWED = {"shared/log.py": ("torch.utils.tensorboard",), "apps/reid/images.py": ("PIL",)}
 TERMINAL_PACKAGES = ("typer", "rich")
 TORCH_LOADERS = ("torch", "safetensors.torch", "tensorboard")  # importing one of these imports torch: two seconds
 

@@ -1,7 +1,7 @@
 """Every app has the same silhouette: files, names, verbs, README headings, presets and a frozen list of flags.
 
-An app is a folder below apps/; it only has to appear to be checked. `python tests/test_siblings.py` writes the frozen
-lists anew after a change of a configuration.
+An app is a folder below apps/ with a `__main__.py`; it only has to appear to be checked. `python tests/test_siblings.py`
+writes the frozen lists anew after a change of a configuration.
 """
 
 import ast
@@ -61,8 +61,8 @@ HEADINGS = (
 
 
 def app_names(folder: Path) -> list[str]:
-    """Every folder below `folder` that holds Python code."""
-    return sorted({path.parent.name for path in folder.glob("*/*.py")})
+    """Every folder below `folder` that can be started; one without `__main__.py` is still being built."""
+    return sorted({path.parent.name for path in folder.glob("*/__main__.py")})
 
 
 def missing_files(folder: Path) -> list[str]:
@@ -221,8 +221,9 @@ def test_preset_begins_with_its_command(
 # The checks themselves
 
 
-def test_a_new_folder_with_code_is_an_app(tmp_path: Path):
-    for name in ("apps/b/main.py", "apps/a/model.py", "apps/__init__.py", "apps/notes/readme.txt"):
+def test_a_new_folder_that_can_be_started_is_an_app(tmp_path: Path):
+    names = ("b/__main__.py", "a/__main__.py", "a/model.py", "__init__.py", "notes/readme.txt", "begun/model.py")
+    for name in (f"apps/{name}" for name in names):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert app_names(tmp_path / "apps") == ["a", "b"]

@@ -76,7 +76,8 @@ from shared.timing import RateMeter, StepTimer
 APP = "graphrec"
 REPLACE_STREAM = 3
 NOISE_STREAM = 4
-DRAWN_ROWS = 4096  # pairs whose own negatives are drawn at once: several small batches together cost far less
+DRAWN_ROWS = 4096  # pairs whose own negatives are drawn at once, at least: small batches together cost far less
+DRAWN_CELLS = 1 << 16  # negatives drawn at once, at least
 
 # may differ between a checkpoint and the run that resumes it: they change no weight (device, kernel and a division
 # among processes only its last bits)
@@ -303,7 +304,7 @@ def epoch_batches(c: Components, *, epoch: int, first_step: int = 0) -> Iterator
     size = training.batch_size * training.propagate_every
     order_P = epoch_order(c.data.num_pairs, seed=training.seed, epoch=epoch).to(c.device)
     tables = negatives.permutations(c.sampler, seed=training.seed, epoch=epoch) if plan.num_negatives else None
-    ahead = max(1, DRAWN_ROWS // size) * size
+    ahead = max(1, max(DRAWN_ROWS, DRAWN_CELLS // max(1, plan.num_negatives)) // size) * size
     drawn_RK, drawn_from = None, 0
     for step in range(first_step, c.steps_per_epoch):
         begin = step * size
@@ -336,7 +337,7 @@ def step_batches(
     wholes = []
     for j, rows_B in enumerate(torch.split(pair_R, training.batch_size)):
         number, offset = step * training.propagate_every + j, j * training.batch_size
-        user_B, item_B = c.user_P[rows_B], c.item_P[rows_B]
+        user_B, item_B = c.user_P.index_select(0, rows_B), c.item_P.index_select(0, rows_B)
         shared_K, replaced_BM, replaced_K = None, None, None
         if plan.loss == "inbatch":
             shared_K = torch.unique(item_B)  # sync on CUDA
@@ -355,11 +356,11 @@ def step_batches(
         if not mine.numel():  # fewer pairs than processes: one for nothing, so that all have the same gradients
             mine, weight = torch.zeros(1, dtype=torch.int64, device=c.device), 0.0
         for part in torch.split(mine, -(-mine.numel() // training.accumulate)):
-            own = None if own_RK is None else own_RK[offset + part].long()
+            own = None if own_RK is None else own_RK.index_select(0, offset + part).long()
             excluded = None if shared_K is None else negatives.shared_excluded(c.sampler, user_B[part], shared_K)
             parts.append(
                 Part(
-                    Batch(user_B[part], item_B[part], own, shared_K, excluded),
+                    Batch(user_B.index_select(0, part), item_B.index_select(0, part), own, shared_K, excluded),
                     None if replaced_BM is None else replaced_BM[part],
                     replaced_K,
                     weight * part.numel() / mine.numel(),
