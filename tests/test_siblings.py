@@ -1,7 +1,7 @@
 """Every app has the same silhouette: files, names, verbs, README headings, presets and a frozen list of flags.
 
-An app is a folder below apps/ with a `__main__.py`; it only has to appear to be checked. `python tests/test_siblings.py`
-writes the frozen lists anew after a change of a configuration.
+An app is a folder below apps/ with a `__main__.py`; it only has to appear to be checked.
+`python tests/test_siblings.py` writes the frozen lists anew after a change of a configuration.
 """
 
 import ast
