@@ -45,7 +45,13 @@ class ModelConfig:
         "mean", "Final vectors: the mean of all layers, or the last alone (lightgcn).", choices=("mean", "last")
     )
     hidden_dim: int = knob(256, "Width of the content encoder's hidden layer (content, clcrec-graph).", minimum=1)
-    score: str = knob("dot", "Score of an item: dot product, or cosine.", choices=("dot", "cosine"))
+    score: str = knob("dot", "Score of an item in the losses: dot product, or cosine.", choices=("dot", "cosine"))
+    rank_by: str = knob(
+        "score",
+        "Score that items are ranked by: that of the losses, or the dot product in any case, so that the lengths of "
+        "propagated vectors count.",
+        choices=("score", "dot"),
+    )
     noise_eps: float = knob(0.1, "Length of the noise added to every layer (simgcl, xsimgcl).", minimum=0.0)
     contrast_layer: int = knob(1, "Layer that xsimgcl contrasts with the final vectors.", minimum=1)
     init: str = knob(

@@ -136,7 +136,7 @@ def matrices(model: nn.Module, *, gather: Gather = lambda own: own) -> tuple[Ten
     with evaluation_mode(model):
         # detached, since even where no gradient is taken a view of a weight asks for one
         user_UD, item_ID = (gather(part.detach().float()) for part in model.final())
-    if model.config.score == "cosine":
+    if model.config.score == "cosine" and model.config.rank_by == "score":
         return F.normalize(user_UD, dim=1), F.normalize(item_ID, dim=1)
     return user_UD, item_ID
 

@@ -52,7 +52,7 @@ LEAK_NOTE = "--neg-exclude all: held-out pairs were never drawn as negatives, so
 # what belongs to the numbers of weights, and is taken from their file where no flag says otherwise
 KEPT = {"data": ("valid_share", "split", "min_rating"), "training": ("seed", "neg_exclude")}
 # settings of the model that its finished weights no longer depend on
-SPENT = ("init", "init_scale", "noise_eps", "contrast_layer", "bf16_rows")
+SPENT = ("init", "init_scale", "noise_eps", "contrast_layer", "bf16_rows", "rank_by")
 
 typer_app = cli.make_app(
     APP, "Train, evaluate and use graph recommenders: the LightGCN family, CLCRec with a graph term, GF-CF and BSPM."

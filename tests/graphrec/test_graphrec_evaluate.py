@@ -21,6 +21,7 @@ from apps.graphrec.evaluate import (
     evaluation_sums,
     finished,
     joined,
+    matrices,
     predict,
     protocol_text,
     scorer_of,
@@ -168,6 +169,22 @@ def test_scores_that_are_no_numbers_rank_nothing(blocks):
     only = finished(evaluation_sums(Vectors(user, (item == 1).float()), data, ("test",), config=configure()), data)
     assert found["HR@1"] == only["test"]["HR@1"]
     assert found["HR@4"] == found["HR@1"]
+
+
+def test_vectors_trained_with_cosine_are_ranked_by_it_or_by_their_dot_products_as_asked():
+    data = random_data()
+    config = configure("lightgcn")
+    graph = make_graph(data.train, num_items=ITEMS, device=CPU)
+    tables = {}
+    for score, rank_by in (("dot", "score"), ("cosine", "score"), ("cosine", "dot")):
+        torch.manual_seed(3)
+        model = GraphRec(replace(config.model, score=score, rank_by=rank_by), graph=graph)
+        user_UD, item_ID = matrices(model)
+        tables[score, rank_by] = user_UD @ item_ID.t()
+    dot, cosine, lengths = tables.values()
+    assert torch.equal(lengths, dot)
+    assert float(cosine.abs().max()) <= 1 + 1e-6
+    assert not torch.allclose(cosine, dot, atol=1e-3)
 
 
 def test_k_beyond_the_number_of_items_finds_everything():
