@@ -22,9 +22,9 @@ from apps.seqrec.contest_features import training_sequences
 from apps.seqrec.dataset import Sequences
 from apps.seqrec.demo import CONTEST_ITEMS, CONTEST_LENGTH, CONTEST_SEED, CONTEST_USERS
 from apps.seqrec.evaluate import evaluate
-from apps.seqrec.train import SilentLog, build, fit
+from apps.seqrec.train import build, fit
 from shared.device import describe_machine
-from shared.log import StopSignal
+from shared.log import SilentLog, StopSignal
 
 COLUMNS = ("NDCG@10", "HR@10", "Score", "Weighted score")
 

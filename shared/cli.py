@@ -53,6 +53,17 @@ def make_app(name: str, help: str) -> typer.Typer:  # noqa: A002
     return app
 
 
+def without_local_rank(argv: Sequence[str]) -> list[str]:
+    """The words without the `--local-rank=N` of torch.distributed.launch, which also sets it in the environment."""
+    words = list(argv)
+    for index, word in enumerate(words):
+        name, equals, _ = word.partition("=")
+        if name.replace("_", "-") == "--local-rank":
+            del words[index : index + (1 if equals else 2)]
+            break
+    return words
+
+
 def bool_flags(config_type: type) -> set[str]:
     """Return the names of the on/off flags of a Config in kebab-case, without dashes: {"norm-first", ...}."""
     return {item.flag.removeprefix("--") for item in knobs(config_type).values() if _is_switch(item)}

@@ -134,6 +134,25 @@ class RunLog:
         self.close()
 
 
+class SilentLog(RunLog):
+    """Says and keeps nothing: the log of every process but the first."""
+
+    def __init__(self) -> None:
+        pass
+
+    def info(self, msg: str) -> None:
+        pass
+
+    def limited(self, key: str, msg: str, every_s: float = 10.0) -> None:
+        pass
+
+    def metrics(self, kind: str, step: int, epoch: int, values: Mapping[str, MetricValue]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class StopSignal:
     """Turns the first SIGINT, SIGTERM or Windows' SIGBREAK into a request that the loop asks for after each step.
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from apps.graphrec.model import GraphFilter, GraphRec
     from apps.graphrec.train import Components, Start
     from shared.distributed import Group
-    from shared.log import RunLog
+    from shared.log import RunLog, SilentLog
 
 APP = "graphrec"
 PROG = f"python -m apps.{APP}"
@@ -79,24 +79,13 @@ def app(argv: Sequence[str] | None = None) -> None:
     """Run the command line; accepts the original scripts' spellings and exits with 0, 1, 2, 130 or 143."""
     cli.run(
         typer_app,
-        without_brackets(switches_as_choices(without_local_rank(sys.argv[1:] if argv is None else argv))),
+        without_brackets(switches_as_choices(cli.without_local_rank(sys.argv[1:] if argv is None else argv))),
         prog_name=PROG,
         flags_bool=cli.bool_flags(Config),
         aliases={**ALIASES, **VERB_ALIASES},
         default_verb="train",
         verbs=VERBS,
     )
-
-
-def without_local_rank(argv: Sequence[str]) -> list[str]:
-    """The words without the `--local-rank=N` of torch.distributed.launch, which also sets it in the environment."""
-    words = list(argv)
-    for index, word in enumerate(words):
-        name, equals, _ = word.partition("=")
-        if name.replace("_", "-") == "--local-rank":
-            del words[index : index + (1 if equals else 2)]
-            break
-    return words
 
 
 def switches_as_choices(argv: Sequence[str]) -> list[str]:
@@ -189,7 +178,7 @@ def run_training(
     settings = resolved.config.training
     again = f"{launcher(world)} train --resume {shlex.quote(str(run_dir))}"
     with (
-        training.SilentLog()
+        SilentLog()
         if rank > 0
         else RunLog(run_dir, say=say, tensorboard=settings.tensorboard, resume_step=resume_step) as log,
         StopSignal(say=say) as stop,
@@ -722,4 +711,4 @@ def print_table(console: Console, result: Mapping[str, Any]) -> None:
 
 def shown_command(world: int) -> str:
     """The command line of this run, as it would be typed."""
-    return shlex.join([*launcher(world).split(), *without_local_rank(sys.argv[1:])])
+    return shlex.join([*launcher(world).split(), *cli.without_local_rank(sys.argv[1:])])

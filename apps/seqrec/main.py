@@ -65,24 +65,13 @@ def app(argv: Sequence[str] | None = None) -> None:
     """Run the command line; accepts the original scripts' spellings and exits with 0, 1, 2, 130 or 143."""
     cli.run(
         typer_app,
-        inference_only_as_verb(without_local_rank(sys.argv[1:] if argv is None else argv)),
+        inference_only_as_verb(cli.without_local_rank(sys.argv[1:] if argv is None else argv)),
         prog_name=PROG,
         flags_bool=cli.bool_flags(Config),
         aliases={**ALIASES, **VERB_ALIASES},
         default_verb="train",
         verbs=VERBS,
     )
-
-
-def without_local_rank(argv: Sequence[str]) -> list[str]:
-    """The words without the `--local-rank=N` of torch.distributed.launch, which also sets it in the environment."""
-    words = list(argv)
-    for index, word in enumerate(words):
-        name, equals, _ = word.partition("=")
-        if name.replace("_", "-") == "--local-rank":
-            del words[index : index + (1 if equals else 2)]
-            break
-    return words
 
 
 def inference_only_as_verb(argv: Sequence[str]) -> list[str]:
@@ -135,7 +124,7 @@ def run_training(
     from shared import distributed
     from shared.amp import NonFiniteError
     from shared.files import atomic_write_text
-    from shared.log import RunLog, StopSignal
+    from shared.log import RunLog, SilentLog, StopSignal
     from shared.progress import Bar
     from shared.report import build_report
 
@@ -165,7 +154,7 @@ def run_training(
     settings = resolved.config.training
     again = f"{launcher(world)} train --resume {shlex.quote(str(run_dir))}"
     with (
-        training.SilentLog()
+        SilentLog()
         if rank > 0
         else RunLog(run_dir, say=say, tensorboard=settings.tensorboard, resume_step=resume_step) as log,
         StopSignal(say=say) as stop,
@@ -656,4 +645,4 @@ def print_table(console: Console, result: Mapping[str, Any]) -> None:
 
 def shown_command(world: int) -> str:
     """The command line of this run, as it would be typed."""
-    return shlex.join([*launcher(world).split(), *without_local_rank(sys.argv[1:])])
+    return shlex.join([*launcher(world).split(), *cli.without_local_rank(sys.argv[1:])])

@@ -67,7 +67,7 @@ from shared.checkpoint import CheckpointError, check_identity, load_checkpoint, 
 from shared.device import describe_machine, pick_device, to_device
 from shared.distributed import Group, place
 from shared.files import atomic_write_text
-from shared.log import MetricValue, RunLog, StopSignal, due, read_metrics
+from shared.log import RunLog, StopSignal, due, read_metrics
 from shared.schedule import lr_factor
 from shared.seed import make_generator, seed_everything, seed_step
 from shared.timing import RateMeter, StepTimer
@@ -624,25 +624,6 @@ def evaluate_unless_stopped(
     if distributed.any_of(c.group, sums is None) or sums is None:
         return None
     return finish_scores(distributed.added_up(c.group, sums))
-
-
-class SilentLog(RunLog):
-    """Says and keeps nothing: the log of every process but the first."""
-
-    def __init__(self) -> None:
-        pass
-
-    def info(self, msg: str) -> None:
-        pass
-
-    def limited(self, key: str, msg: str, every_s: float = 10.0) -> None:
-        pass
-
-    def metrics(self, kind: str, step: int, epoch: int, values: Mapping[str, MetricValue]) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def shown(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -30,7 +30,7 @@ from apps.graphrec.dataset import Interactions
 from apps.graphrec.demo import demo_data, write_demo
 from apps.graphrec.formats import read_data
 from apps.graphrec.train import peak_lr
-from shared import progress
+from shared import cli, progress
 from shared.checkpoint import load_checkpoint, load_weights
 from shared.config import Resolved, knobs, resolve
 from shared.log import read_metrics
@@ -1145,7 +1145,7 @@ def test_two_processes_that_own_columns_end_like_one_and_the_run_goes_on_in_one(
     [("--local-rank=1 --lr 1", "--lr 1"), ("--lr 1 --local_rank 0", "--lr 1"), ("--lr 1", "--lr 1")],
 )
 def test_the_rank_that_an_older_launcher_adds_is_dropped(given, expected):
-    assert main.without_local_rank(given.split()) == expected.split()
+    assert cli.without_local_rank(given.split()) == expected.split()
 
 
 # Demo data

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from apps.graphrec.config import Config
-from apps.graphrec.train import Outcome, SilentLog, build, epoch_batches, fit, restore
+from apps.graphrec.train import Outcome, build, epoch_batches, fit, restore
 from shared import distributed
 from shared.checkpoint import load_checkpoint, newest_checkpoint
 from shared.distributed import Group
-from shared.log import RunLog, StopSignal, read_metrics
+from shared.log import RunLog, SilentLog, StopSignal, read_metrics
 from tests.graphrec.test_graphrec_train import MODES, configured, data_for, loss_and_gradients, topical_data
 
 ROOT = Path(__file__).parents[2]

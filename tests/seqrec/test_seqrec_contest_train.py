@@ -40,7 +40,6 @@ from apps.seqrec.train import (
     Components,
     DeadModelError,
     Outcome,
-    SilentLog,
     build,
     fit,
     loss_fn,
@@ -51,7 +50,7 @@ from apps.seqrec.train import (
 from shared import distributed
 from shared.checkpoint import newest_checkpoint
 from shared.distributed import Group
-from shared.log import RunLog, StopSignal, read_metrics
+from shared.log import RunLog, SilentLog, StopSignal, read_metrics
 from tests.seqrec.test_seqrec_features import (
     Event,
     World,

@@ -24,6 +24,7 @@ from apps.seqrec import main
 from apps.seqrec.dataset import training_spans
 from apps.seqrec.evaluate import evaluate, evaluation_sums
 from apps.seqrec.train import build, loss_fn, own_rows, step_batches, step_shares
+from shared import cli
 from shared.checkpoint import load_checkpoint
 from shared.distributed import Group
 from shared.log import read_metrics
@@ -143,7 +144,7 @@ def test_metrics_of_divided_users_are_those_of_one_process_to_the_last_bit(world
     ],
 )
 def test_the_word_that_the_old_launcher_adds_is_ignored(words, expected):
-    assert main.without_local_rank(words) == expected
+    assert cli.without_local_rank(words) == expected
 
 
 def test_verbs_that_do_not_share_their_work_refuse_several_processes(tmp_path, monkeypatch, capsys):
