@@ -48,8 +48,7 @@ class ModelConfig:
     score: str = knob("dot", "Score of an item in the losses: dot product, or cosine.", choices=("dot", "cosine"))
     rank_by: str = knob(
         "score",
-        "Score that items are ranked by: that of the losses, or the dot product in any case, so that the lengths of "
-        "propagated vectors count.",
+        "What items are ranked by: the score of the losses, or the dot product, in which lengths count.",
         choices=("score", "dot"),
     )
     noise_eps: float = knob(0.1, "Length of the noise added to every layer (simgcl, xsimgcl).", minimum=0.0)

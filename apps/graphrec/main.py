@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from apps.graphrec.model import GraphFilter, GraphRec
     from apps.graphrec.train import Components, Start
     from shared.distributed import Group
-    from shared.log import RunLog, SilentLog
+    from shared.log import RunLog
 
 APP = "graphrec"
 PROG = f"python -m apps.{APP}"
@@ -148,7 +148,7 @@ def run_training(
     from shared import distributed
     from shared.amp import NonFiniteError
     from shared.files import atomic_write_text
-    from shared.log import RunLog, StopSignal
+    from shared.log import RunLog, SilentLog, StopSignal
     from shared.progress import Bar
     from shared.report import build_report
 

@@ -178,7 +178,7 @@ def test_the_demo_is_a_whole_contest_folder_that_is_left_alone_once_made(
     written = (folder / "seq.jsonl").stat()
     again = (write_demo(folder) / "seq.jsonl").stat()
     assert (again.st_ino, again.st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
-    assert check_contest(folder) == []
+    assert [fault for fault in check_contest(folder) if fault.severity == "error"] == []
 
 
 @pytest.mark.parametrize("arguments", [{"num_users": 0}, {"num_items": 179}])
