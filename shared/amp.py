@@ -124,6 +124,7 @@ def amp_step(
     lr_factor: float = 1.0,
     shares: Sequence[float] | None = None,
     want_norm: bool = False,
+    clip: Callable[[Sequence[Tensor]], Tensor] | None = None,
     reduce: Callable[[Sequence[Tensor]], None] | None = None,
     mark: Callable[[str], None] = no_mark,
 ) -> tuple[TrainState, StepOutput]:
@@ -132,6 +133,10 @@ def amp_step(
     `loss_fn(model, micro_batch)` returns a mean loss and further scalars; `shares` weighs the micro-batches and sums
     to 1 (default: equally; give each its share of the samples that the mean runs over, and the step equals one over
     the whole batch). `lr_factor` scales every learning rate. Gradients are clipped after unscaling.
+
+    `clip` takes the place of the clipping that `amp` asks for: it gets all gradients, clips them in place, and returns
+    their norm before. A step whose norm is not finite then changes nothing, which fused optimizers decide on the
+    device, as under fp16; others take it. A loss that is not finite still counts as a bad step.
 
     Where several processes train together, `reduce` replaces tensors by their sums over the processes, in place. It
     gets all gradients, the loss and the scalars at once, before anything looks at them, so that clipping, the scaler
@@ -167,12 +172,17 @@ def amp_step(
         scaler.unscale_(optimizer)
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = None
-    if amp.clip_norm > 0:  # clipping sees unscaled gradients
+    if clip is not None:  # clipping sees unscaled gradients
+        norm = clip([p.grad for p in parameters if p.grad is not None])
+    elif amp.clip_norm > 0:
         norm = nn.utils.clip_grad_norm_(parameters, amp.clip_norm)
     elif want_norm:
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     for optimizer in state.optimizers:
-        scaler.step(optimizer)
+        if clip is None or norm is None or scaler.is_enabled():
+            scaler.step(optimizer)
+        else:
+            step_if_finite_(optimizer, norm)
     scaler.update()
     for optimizer in state.optimizers:
         optimizer.zero_grad(set_to_none=True)
@@ -180,11 +190,22 @@ def amp_step(
         update_average_(state.ema, model, state.ema_decay)
 
     bad = ~torch.isfinite(loss)
-    if norm is not None and not scaler.is_enabled():  # under fp16 an overflow is skipped and the scale halved
+    # an overflow under fp16 is skipped and the scale halved; what `clip` sees is skipped too
+    if norm is not None and clip is None and not scaler.is_enabled():
         bad = bad | ~torch.isfinite(norm)
     first_bad_step = torch.where((state.first_bad_step < 0) & bad, state.step + 1, state.first_bad_step)
     mark("optimizer")
     return replace(state, step=state.step + 1, first_bad_step=first_bad_step), StepOutput(loss, scalars, norm)
+
+
+def step_if_finite_(optimizer: Optimizer, norm: Tensor) -> None:
+    """Let a fused optimizer step, in place, unless `norm` is infinite or not a number; nothing is asked of the device.
+
+    It leaves weights, moments and counts as they are where `found_inf` is 1: this is how torch's scaler skips a step.
+    """
+    optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+    optimizer.step()
+    del optimizer.found_inf  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
