@@ -13,17 +13,25 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
+from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from shared.config import BOOL_WORDS, ConfigError, Knob, Resolved, knobs, resolve
+
+if TYPE_CHECKING:
+    import torch
+
+    from shared.ladder import Ladder
 
 C = TypeVar("C")
 T = TypeVar("T")
@@ -32,6 +40,83 @@ _NO_ALIASES: Mapping[str, str] = MappingProxyType({})
 _HELP_WORDS = ("--help", "-h")
 _NAME_LENGTH = 60  # characters of a run's name, so that paths stay below the 260 of Windows
 _METAVARS: Mapping[type, str] = {int: "INT", float: "FLOAT", str: "TEXT", bool: "BOOL"}
+
+
+# the options of `bench`, the same in every app
+QUICK_BUDGET_S, BUDGET_S = 25.0, 240.0
+Quick = Annotated[
+    bool, typer.Option("--quick", help="A short look: the whole command in under a minute.", rich_help_panel="Bench")
+]
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        "--budget",
+        min=0.0,
+        help=f"Time for the measurements (seconds); none: {BUDGET_S:.0f}, or {QUICK_BUDGET_S:.0f} with --quick.",
+        show_default="none",
+        rich_help_panel="Bench",
+    ),
+]
+ProjectEpochs = Annotated[
+    int,
+    typer.Option(
+        "--project-epochs", min=0, help="Also say how long so many epochs take; 0: do not.", rich_help_panel="Bench"
+    ),
+]
+Shape = Annotated[
+    str,
+    typer.Option(
+        "--shape",
+        metavar="own|notes",
+        help="Sizes: own, of the data and flags given, or notes, those that the notes speak of, on made-up data.",
+        rich_help_panel="Bench",
+    ),
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--only",
+        help="Only this part, or this row beside its original; may be given several times.",
+        show_default="none",
+        rich_help_panel="Bench",
+    ),
+]
+
+# the options of `diagnose` and `tune-speed`, the same in every app
+SpeedBudget = Annotated[
+    float, typer.Option("--budget", min=0.0, help="Time for all of it (seconds).", rich_help_panel="Speed")
+]
+TraceFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--trace",
+        help="Also write a Chrome trace of a few steps here (.json).",
+        show_default="none",
+        rich_help_panel="Speed",
+    ),
+]
+PastRun = Annotated[
+    Path | None,
+    typer.Option(
+        "--log",
+        help="Measure nothing; say where the time of this run folder went, or of the folder of this train.log.",
+        show_default="none",
+        rich_help_panel="Speed",
+    ),
+]
+LimitMib = Annotated[
+    int,
+    typer.Option(
+        "--limit-mib",
+        min=0,
+        help="Memory that training may take beside Python and the data, on the device or else on the host (MiB); "
+        "0: what the device has, or half of what is free on the host.",
+        rich_help_panel="Speed",
+    ),
+]
+Again = Annotated[
+    bool, typer.Option("--again", help="Measure anew what this machine has answered before.", rich_help_panel="Speed")
+]
 
 
 def make_app(name: str, help: str) -> typer.Typer:  # noqa: A002
@@ -224,6 +309,12 @@ def run(
     sys.exit(0)
 
 
+def refuse_torchrun(prog: str) -> None:
+    """Refuse to go on as one of several processes, for what only one can do."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ:
+        raise ConfigError(f"only `train` shares its work among processes; start this without torchrun, as {prog} ...")
+
+
 def output_file(path: Path, *, suffix: str | None = None) -> Path:
     """The path of a file that a verb will write, its folder made; what cannot be written is refused before the work."""
     if path.is_dir():
@@ -316,6 +407,163 @@ def git_revision() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.strip()
+
+
+# What `bench` does in every app
+
+
+def wants_notes(shape: str) -> bool:
+    """Whether --shape asks for the sizes of the notes; refuses words that it does not know."""
+    if shape not in ("own", "notes"):
+        raise ConfigError(f'--shape is "{shape}"; it must be own or notes')
+    return shape == "notes"
+
+
+def run_ladder(
+    ladder: "Ladder",
+    *,
+    app: str,
+    data: Mapping[str, Any],
+    device: "torch.device",
+    notes: Sequence[str],
+    command: str,
+    runs_dir: Path,
+    quick: bool,
+    budget: float | None,
+    project_epochs: int,
+    on_run: Callable[[str], None],
+) -> tuple[Path, dict[str, Any]]:
+    """Measure a ladder; the new run folder, with a bench.json in it, and what that holds.
+
+    `data` and `notes` as `shared.ladder.record` wants them; `on_run` is called `shared.ladder.total_runs` times.
+    """
+    from shared.ladder import measure, record, write_record
+
+    begin = time.perf_counter()
+    budget_s = budget if budget is not None else QUICK_BUDGET_S if quick else BUDGET_S
+    measured = measure(ladder, device=device, budget_s=budget_s, on_run=on_run)
+    elapsed_s = time.perf_counter() - begin
+    if elapsed_s > 1.5 * budget_s:
+        notes = [*notes, f"took {elapsed_s:.0f} s for a budget of {budget_s:.0f} s: a repeat has one step at least"]
+    if project_epochs and ladder.epoch is None:
+        notes = [*notes, "no projection: it takes the parts that --only leaves out"]
+    found = record(
+        ladder,
+        measured,
+        app=app,
+        data=data,
+        device=device,
+        notes=notes,
+        command=command,
+        git=git_revision(),
+        budget_s=budget_s,
+        elapsed_s=elapsed_s,
+        project_epochs=project_epochs,
+    )
+    run_dir = new_run_dir(runs_dir, app, "demo-bench" if data["demo"] else "bench", now=datetime.now())
+    write_record(run_dir, found)
+    return run_dir, found
+
+
+def print_ladder(console: Console, found: Mapping[str, Any]) -> None:
+    """Print what bench.json holds: a table of each part on a terminal, a line of each row elsewhere.
+
+    On demo data every table, and every line outside of one, says that it is demo data.
+    """
+    mark = " (demo data)" if found["data"]["demo"] else ""
+
+    def say(line: str) -> None:
+        console.print(line if "demo data" in line else line + mark, markup=False)
+
+    for note in found["notes"]:
+        say(note)
+    say(found["protocol"])
+    for part in found["parts"]:
+        if console.is_terminal:
+            console.print(_ladder_table(part, mark))
+        else:
+            say(f"{part['title']}, in {part['unit']}:")
+            for row in part["rows"]:
+                say("  " + _ladder_line(part, row))
+    for one in found["unmeasured"]:
+        say(f"not measured: {one['claim']}: {one['why']}")
+    for line in projection_lines(found["projection"]):
+        say(line)
+
+
+def projection_lines(projection: Mapping[str, Any] | None) -> list[str]:
+    """The hours of many epochs in words, training and evaluation apart; no line without a projection."""
+    if projection is None:
+        return []
+    lines = []
+    for side in ("original", "ours"):
+        hours = projection[side]
+        lines.append(
+            f"{projection['epochs']:,} epochs of {projection['samples']:,} samples, {side}: {_hours(hours['total_h'])} "
+            f"({_hours(hours['train_h'])} training, {_hours(hours['evaluation_h'])} evaluation)"
+        )
+    return lines
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f} h" if hours >= 0.1 else f"{3600 * hours:,.1f} s"
+
+
+def _ladder_table(part: Mapping[str, Any], mark: str) -> Table:
+    table = Table(title=f"{part['title']}{mark}", title_justify="left", caption_justify="left")
+    table.caption = escape("\n".join(f"{row['name']}: {row['text']}" for row in part["rows"]))
+    table.add_column("row", no_wrap=True)
+    for name in (f"{part['unit']}/s", "steps/s", "factor", *(("of this step",) if part["cumulative"] else ())):
+        table.add_column(name, justify="right")
+    table.add_column("verdict")
+    table.add_column("memory", justify="right")
+    table.add_column("claim", overflow="fold")
+    for row in part["rows"]:
+        gains = [_factor(row["factor"])] + ([_factor(row["gain"])] if part["cumulative"] else [])
+        colour = {"faster": "green", "slower": "red"}.get(row["verdict"])
+        table.add_row(
+            escape(row["name"]),
+            _rate(row["samples_per_s"]),
+            _digits(row["steps_per_s"]["median"]),
+            *gains,
+            f"[{colour}]{row['verdict']}[/{colour}]" if colour else row["verdict"],
+            _memory(row),
+            escape(row["claim"]),
+        )
+    return table
+
+
+def _ladder_line(part: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    steps = row["steps_per_s"]
+    words = [f"{_rate(row['samples_per_s'])} {part['unit']}/s", f"{_digits(steps['median'])} steps/s"]
+    if row["factor"] is not None:
+        words.append(_factor(row["factor"]))
+    if row["gain"] is not None:
+        words.append(f"this step {_factor(row['gain'])}")
+    words += [row["verdict"], f"memory {_memory(row)}"]
+    claim = f"; {row['claim']}" if row["claim"] else ""
+    return f"{row['name']} ({row['text']}): {', '.join(words)}{claim}"
+
+
+def _rate(found: Mapping[str, float]) -> str:
+    return f"{_digits(found['median'])} ({_digits(found['low'])} .. {_digits(found['high'])})"
+
+
+def _factor(found: Mapping[str, float] | None) -> str:
+    return "" if found is None else f"x{found['median']:.2f} ({found['low']:.2f} .. {found['high']:.2f})"
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.3g}"
+
+
+def _memory(row: Mapping[str, Any]) -> str:
+    parts = [
+        f"{row[key] / 2**20:,.1f} MiB{words}"
+        for key, words in (("host_bytes", ""), ("device_bytes", " on the device"))
+        if row[key] is not None
+    ]
+    return ", ".join(parts) or "not measured"
 
 
 # Building options

@@ -1,4 +1,7 @@
-"""One self-contained HTML page about a run, made from the files in its folder; it loads nothing and runs no script."""
+"""One self-contained HTML page about a run, made from the files in its folder; it loads nothing and runs no script.
+
+A run of `train` gets its curves, metrics and split of time; one of `bench` its ladder, from bench.json.
+"""
 
 import json
 import math
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shared.files import atomic_write_text
+from shared.ladder import BENCH_NAME, FASTER, ORIGINAL, SLOWER
 from shared.log import METRICS_NAME, read_metrics
 from shared.timing import SECTIONS
 
@@ -36,6 +40,9 @@ _SECTION_WORDS = {
     "sync": "reading numbers back",
     "other": "other",
 }
+_BARS_WIDTH, _BARS_LEFT, _BARS_RIGHT, _BARS_TOP, _BAR_STEP = 900, 190, 62, 26, 28
+_VERDICT_COLOURS, _UNDECIDED_COLOUR = {FASTER: 2, SLOWER: 1}, 7  # of _COLOURS
+_PROJECTED = {"training": "train", "evaluation": "evaluation", "together": "total"}
 _NOT_MEASURES = ("time_", "num_", "elapsed")  # a validation record's own bookkeeping, not a metric
 
 
@@ -43,6 +50,8 @@ def build_report(run_dir: Path) -> Path:
     """The path of the run's report.html, made from those of metrics.jsonl, result.json and config.yaml that exist."""
     if not run_dir.is_dir():
         raise ValueError(f"run folder {run_dir} does not exist; name a folder that `train` has made")
+    if (run_dir / BENCH_NAME).is_file():
+        return _build_bench(run_dir)
     records, metrics_fault = _load_metrics(run_dir / METRICS_NAME)
     result, result_fault = _load_result(run_dir / RESULT_NAME)
     config_path = run_dir / CONFIG_NAME
@@ -55,6 +64,26 @@ def build_report(run_dir: Path) -> Path:
         _facts_section(result),
         _config_section(config),
     ]
+    return _write_page(run_dir, result, body)
+
+
+def _build_bench(run_dir: Path) -> Path:
+    """The page of a ladder."""
+    found, fault = _load_object(run_dir / BENCH_NAME)
+    parts = [_mapping(part) for part in _sequence(found.get("parts"))]
+    body = [
+        _header(run_dir.resolve().name, found, []),
+        *([_section("Ladder", _missing(f"The ladder is left out: {fault}"))] if fault else []),
+        f'<p class="protocol"><b>Protocol</b> {_text(found.get("protocol"))}</p>',
+        *(_ladder_section(part) for part in parts),
+        _unmeasured_section(found),
+        _projection_section(_mapping(found.get("projection"))),
+        _facts_section(found),
+    ]
+    return _write_page(run_dir, found, body)
+
+
+def _write_page(run_dir: Path, result: Mapping[str, Any], body: Sequence[str]) -> Path:
     title = escape(str(result.get("title") or run_dir.resolve().name))
     page = _PAGE.format(title=title, style=_STYLE, body="\n".join(body))
     path = run_dir / REPORT_NAME
@@ -81,13 +110,19 @@ def _load_result(path: Path) -> tuple[dict[str, Any], str]:
     """The result, and what is wrong if there is none."""
     if not path.is_file():
         return {}, f"This folder has no {RESULT_NAME}: the run has not reached its end."
+    result, fault = _load_object(path)
+    return result, f"The result is left out: {fault}" if fault else ""
+
+
+def _load_object(path: Path) -> tuple[dict[str, Any], str]:
+    """The JSON object of a file, and what is wrong if it holds none."""
     try:
-        result = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except ValueError as error:
-        return {}, f"The result is left out: {RESULT_NAME} is not valid JSON ({error})."
-    if not isinstance(result, dict):
-        return {}, f"The result is left out: {RESULT_NAME} holds no JSON object."
-    return result, ""
+        return {}, f"{path.name} is not valid JSON ({error})."
+    if not isinstance(found, dict):
+        return {}, f"{path.name} holds no JSON object."
+    return found, ""
 
 
 def _mapping(value: object) -> dict[str, Any]:
@@ -205,8 +240,8 @@ def _result_section(result: Mapping[str, Any], fault: str) -> str:
     return _section("Result", *parts)
 
 
-def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    best = {column: _best_rows(rows, column) for column in columns}
+def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, mark_best: bool = True) -> str:
+    best = {column: _best_rows(rows, column) if mark_best else set() for column in columns}
     head = "".join(f'<th scope="col"{_numeric(rows, column)}>{escape(column)}</th>' for column in columns)
     body = []
     for index, row in enumerate(rows):
@@ -352,6 +387,158 @@ def _config_section(config: str | None) -> str:
     else:
         shown = f'<pre class="long">{escape(config)}</pre>'
     return _section("Configuration", shown)
+
+
+# The ladder of `bench`
+
+
+def _ladder_section(part: Mapping[str, Any]) -> str:
+    """A part: a bar per row, and the numbers."""
+    rows = [_mapping(row) for row in _sequence(part.get("rows"))]
+    title = _text(part.get("title") or part.get("name") or "part")
+    if not rows:
+        return _section(title, _missing("This part has no rows."))
+    parts = []
+    bars = [bar for row in rows if (bar := _ladder_bar(row)) is not None]
+    if bars:
+        parts.append(f'<div class="card">{_bars_svg(str(part.get("title")), bars)}</div>')
+        parts.append(
+            '<p class="small">How many times as many samples per second as the original, on a logarithmic axis; '
+            "whiskers reach from the lowest to the highest repeat. Colours are of the verdict: "
+            "green faster, orange slower, grey no gain.</p>"
+        )
+    unit = str(part.get("unit") or "samples")
+    steps_in_between = any(_mapping(row.get("gain")) for row in rows)
+    head = ["row", f"{unit}/s", "steps/s", "factor", *(["of this step"] if steps_in_between else [])]
+    memory = {
+        key: name
+        for key, name in (("host_bytes", "memory, host"), ("device_bytes", "memory, device"))
+        if key == "host_bytes" or any(row.get(key) is not None for row in rows)
+    }
+    head += ["verdict", *memory.values(), "claim"]
+    lines = []
+    for row in rows:
+        text = f'<b>{_text(row.get("name"))}</b><br><span class="small">{_text(row.get("text"))}</span>'
+        numbers = [_spread(row, "samples_per_s"), _spread(row, "steps_per_s"), _spread(row, "factor")]
+        numbers += [_spread(row, "gain")] if steps_in_between else []
+        verdict = row.get("verdict")
+        shown = f'<strong class="best">{_text(verdict)}</strong>' if verdict == FASTER else _text(verdict)
+        cells = [f'<td class="num">{number}</td>' for number in numbers]
+        cells.append(f"<td>{shown}</td>")
+        cells += [f'<td class="num">{_mebibytes(row.get(key))}</td>' for key in memory]
+        claim = row.get("claim") or ("" if verdict == ORIGINAL else "ours")
+        cells.append(f'<td class="small">{_text(claim)}</td>')
+        lines.append(f"<tr><td>{text}</td>{''.join(cells)}</tr>")
+    names = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    parts.append(
+        f'<div class="wide"><table class="metrics"><thead><tr>{names}</tr></thead><tbody>{"".join(lines)}</tbody>'
+        "</table></div>"
+    )
+    return _section(title, *parts)
+
+
+def _spread(row: Mapping[str, Any], key: str) -> str:
+    found = _mapping(row.get(key))
+    values = [_finite(found.get(name)) for name in ("median", "low", "high")]
+    if any(value is None for value in values):
+        return "&ndash;"
+    middle, low, high = (_number(value) for value in values if value is not None)
+    return f'{middle}<br><span class="small">{low} .. {high}</span>'
+
+
+def _mebibytes(value: object) -> str:
+    found = _finite(value)
+    return "not measured" if found is None else f"{found / 2**20:,.1f} MiB"
+
+
+def _unmeasured_section(found: Mapping[str, Any]) -> str:
+    rows = [_mapping(one) for one in _sequence(found.get("unmeasured"))]
+    if not rows:
+        return ""
+    shown = [f"<li>{_text(row.get('claim'))}: {_text(row.get('why'))}</li>" for row in rows]
+    return _section("Not measured", "<ul>", *shown, "</ul>")
+
+
+def _projection_section(projection: Mapping[str, Any]) -> str:
+    if not projection:
+        return ""
+    rows = []
+    for side in ("original", "ours"):
+        hours = _mapping(projection.get(side))
+        rows.append({"": side} | {f"{name} (hours)": hours.get(f"{key}_h") for name, key in _PROJECTED.items()})
+    said = (
+        f"At the measured rates {_text(projection.get('epochs'))} epochs of {_text(projection.get('samples'))} samples"
+        f", each with {_text(projection.get('evaluated'))} to evaluate, take:"
+    )
+    return _section("Projection", f"<p>{said}</p>", _table(rows, list(rows[0]), mark_best=False))
+
+
+class Bar(NamedTuple):
+    """One row of a chart: a factor with its spread."""
+
+    name: str
+    middle: float
+    low: float
+    high: float
+    colour: int
+
+
+def _ladder_bar(row: Mapping[str, Any]) -> Bar | None:
+    """The bar of a row; none for the original, or without a factor that can be drawn."""
+    found = _mapping(row.get("factor"))
+    values = [value for name in ("median", "low", "high") if (value := _finite(found.get(name))) is not None]
+    if len(values) < 3 or min(values) <= 0:
+        return None
+    colour = _VERDICT_COLOURS.get(str(row.get("verdict")), _UNDECIDED_COLOUR)
+    middle, low, high = values
+    return Bar(str(row.get("name")), middle, low, high, colour)
+
+
+def _bars_svg(title: str, bars: Sequence[Bar]) -> str:
+    """Horizontal bars from 1 to each factor on a logarithmic axis, with whiskers."""
+    low, high = log_axis(min(bar.low for bar in bars), max(bar.high for bar in bars))
+    height = _BARS_TOP + _BAR_STEP * len(bars)
+    right = _BARS_WIDTH - _BARS_RIGHT
+
+    def left_of(factor: float) -> float:
+        return _BARS_LEFT + (math.log2(factor) - low) / (high - low) * (right - _BARS_LEFT)
+
+    summary = "; ".join(f"{bar.name} {_number(bar.middle)} times" for bar in bars)
+    parts = [f'<svg viewBox="0 0 {_BARS_WIDTH} {height}" role="img" aria-label="{escape(title)}: {escape(summary)}">']
+    every = -(-(high - low) // 10)
+    for power in range(low, high + 1):
+        css = "axis" if power == 0 else "grid"
+        x = left_of(2.0**power)
+        if power % every == 0:
+            parts.append(f'<line class="{css}" x1="{x:.1f}" y1="{_BARS_TOP}" x2="{x:.1f}" y2="{height}"/>')
+            label = f"{2**power:,}" if power >= 0 else f"1/{2**-power:,}"
+            parts.append(f'<text class="tick" x="{x:.1f}" y="{_BARS_TOP - 6}" text-anchor="middle">{label}</text>')
+    for index, bar in enumerate(bars):
+        y = _BARS_TOP + _BAR_STEP * index + 6
+        begin, end = sorted((left_of(1.0), left_of(bar.middle)))
+        said = f"{bar.name}: {_number(bar.middle)} ({_number(bar.low)} .. {_number(bar.high)})"
+        parts.append(
+            f'<rect class="b{bar.colour}" x="{begin:.1f}" y="{y}" width="{max(end - begin, 1.0):.1f}" '
+            f'height="{_BAR_STEP - 12}" rx="2"><title>{escape(said)}</title></rect>'
+        )
+        middle = y + (_BAR_STEP - 12) / 2
+        parts.append(
+            f'<line class="axis" x1="{left_of(bar.low):.1f}" y1="{middle:.1f}" x2="{left_of(bar.high):.1f}" '
+            f'y2="{middle:.1f}"/>'
+        )
+        parts.append(
+            f'<text class="tick" x="{_BARS_LEFT - 8}" y="{middle + 4:.1f}" text-anchor="end">{escape(bar.name)}</text>'
+        )
+        parts.append(
+            f'<text class="end" x="{right + 9}" y="{middle + 4:.1f}" fill="currentColor">x{_number(bar.middle)}</text>'
+        )
+    return "\n".join([*parts, "</svg>"])
+
+
+def log_axis(low: float, high: float) -> tuple[int, int]:
+    """The powers of two that hold the factors and 1 between them, at least one apart."""
+    first, last = min(0, math.floor(math.log2(low))), max(0, math.ceil(math.log2(high)))
+    return (first, last) if last > first else (first, last + 1)
 
 
 # Charts

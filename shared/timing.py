@@ -44,23 +44,36 @@ class StepTimer:
     On a CPU the times are the host's. On CUDA they are the device's own, from events put into its queue without waiting
     for it: "data_wait" is then how long the device had nothing to do while the host fetched a batch, and host work done
     while the device is busy counts for nothing.
+
+    `watch` is told "" when a step begins and the name of every section when it ends (shared/watch.py has watchers).
     """
 
-    def __init__(self, device: torch.device, *, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        watch: Callable[[str], None] | None = None,
+    ) -> None:
         self._on_cuda = device.type == "cuda"
         self._device = device
         self._clock = clock
+        self._watch = watch
         self._marks: list[tuple[str, Any]] = []  # of the step under way: (section, clock reading or CUDA event)
         self._finished: list[list[tuple[str, Any]]] = []
 
     def start(self) -> None:
         """Begins a step; one that was begun and never finished is forgotten."""
+        if self._watch is not None:
+            self._watch("")
         self._marks = [("", self._stamp())]
 
     def mark(self, name: str) -> None:
         """Charges the time since the previous mark, or since start(), to section `name`."""
         assert name in SECTIONS, name
         self._marks.append((name, self._stamp()))
+        if self._watch is not None:
+            self._watch(name)
 
     def finish(self) -> None:
         """Ends the step; what passed since the last mark is charged to "other"."""
@@ -70,15 +83,21 @@ class StepTimer:
 
     def summary(self) -> TimeSplit:
         """The split of the steps finished since the last call; they are then forgotten. Waits for the device (sync)."""
-        seconds = dict.fromkeys(SECTIONS, 0.0)
+        splits = self._splits()
+        self._finished = []
+        return TimeSplit(len(splits), {name: sum(split.seconds[name] for split in splits) for name in SECTIONS})
+
+    def _splits(self) -> list[TimeSplit]:
+        """The split of each finished step."""
         if self._on_cuda and self._finished:
             self._finished[-1][-1][1].synchronize()  # sync: the one wait; all earlier events have passed by then
+        splits = []
         for marks in self._finished:
+            seconds = dict.fromkeys(SECTIONS, 0.0)
             for (_, before), (name, after) in pairwise(marks):
                 seconds[name] += before.elapsed_time(after) / 1000 if self._on_cuda else after - before
-        steps = len(self._finished)
-        self._finished = []
-        return TimeSplit(steps, seconds)
+            splits.append(TimeSplit(1, seconds))
+        return splits
 
     def _stamp(self) -> Any:
         if not self._on_cuda:
@@ -86,6 +105,49 @@ class StepTimer:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         return event
+
+
+class StepRecorder(StepTimer):
+    """Keeps the split of each step, of one step in every `every`; the others it leaves untimed and unwatched.
+
+    Sums nothing up: to a loop that asks for a summary no step was timed.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        every: int = 1,
+        clock: Callable[[], float] = time.perf_counter,
+        watch: Callable[[str], None] | None = None,
+    ) -> None:
+        super().__init__(device, clock=clock, watch=watch)
+        self._every = every
+        self._index = 0
+
+    def start(self) -> None:
+        """Begins a step."""
+        if self._index % self._every == 0:
+            super().start()
+
+    def mark(self, name: str) -> None:
+        """Charges the time since the previous mark to section `name`, where this step is timed."""
+        if self._index % self._every == 0:
+            super().mark(name)
+
+    def finish(self) -> None:
+        """Ends the step."""
+        if self._index % self._every == 0:
+            super().finish()
+        self._index += 1
+
+    def summary(self) -> TimeSplit:
+        """Nothing: the steps stay where they are, for splits()."""
+        return TimeSplit(0, dict.fromkeys(SECTIONS, 0.0))
+
+    def splits(self) -> list[TimeSplit]:
+        """The split of each timed step, oldest first. Waits for the device (sync)."""
+        return self._splits()
 
 
 class Rates(NamedTuple):

@@ -23,8 +23,13 @@ LEVELS = {
         ("seed", "device", "negatives", "pk_sampler", "ranking", "schedule", "config", "files", "pickles", "compat"), 0
     ),
     **dict.fromkeys(("faults", "tokens", "packs", "clcrec_folder"), 0),  # what readers of sources share
-    **dict.fromkeys(("loaders", "amp", "log", "checkpoint", "distributed", "timing"), 1),
+    **dict.fromkeys(("loaders", "amp", "log", "checkpoint", "distributed", "timing", "ladder"), 1),
     **dict.fromkeys(("progress", "cli", "report"), 2),  # report reads what log and timing have written
+    # watch tells who makes a step slow, trials compare configurations, the last two ask them what the user asked
+    "watch": 0,
+    "trials": 2,
+    "diagnosis": 3,
+    "tuning": 3,
 }
 
 RUN_TIME_PACKAGES = {"torch", "typer", "rich", "safetensors", "yaml"}
@@ -43,13 +48,15 @@ ONLY_IN_TORCH_2_13 = {
 
 # What a module of an app must not reach through other modules of that app.
 _JOINED_BY_TRAIN = {"dataset", "model", "losses"}
-_UPPER = {"__main__", "main", "train", "evaluate", "bench"}
+_UPPER = {"__main__", "main", "train", "evaluate", "bench", "diagnose"}
 MUST_NOT_REACH = {
     "dataset": {"model", "losses", "formats", "demo"} | _UPPER,
     "model": {"dataset", "losses", "formats", "demo"} | _UPPER,
     "losses": {"dataset", "model", "formats", "demo"} | _UPPER,
     "formats": {"model", "losses"} | _UPPER,
     "demo": {"model", "losses"} | _UPPER,
+    "train": {"originals", "bench"},  # the slow arrangements are for comparison only
+    "evaluate": {"originals", "bench"},
 }
 
 BANNED_NAMES = {

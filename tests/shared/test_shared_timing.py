@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from shared.timing import SECTIONS, RateMeter, StepTimer, TimeSplit
+from shared.timing import SECTIONS, RateMeter, StepRecorder, StepTimer, TimeSplit
 
 CPU = torch.device("cpu")
 
@@ -211,3 +211,29 @@ def test_cuda_sections_are_measured_by_the_device():
     assert split.steps == 3
     assert split.seconds["forward"] > split.seconds["other"] >= 0.0
     assert split.seconds["backward"] == 0.0
+
+
+def test_a_watcher_is_told_where_steps_begin_and_sections_end():
+    told: list[str] = []
+    timer = StepTimer(CPU, clock=Clock(), watch=told.append)
+    run_step(timer, Clock(), data_wait=1.0, forward=1.0)
+    assert told == ["", "data_wait", "forward", "other"]
+
+
+def test_a_recorder_keeps_each_step_and_sums_nothing_up():
+    clock = Clock()
+    recorder = StepRecorder(CPU, clock=clock)
+    for seconds in (1.0, 2.0):
+        run_step(recorder, clock, forward=seconds)
+        assert recorder.summary() == TimeSplit(0, dict.fromkeys(SECTIONS, 0.0))
+    assert [split.seconds["forward"] for split in recorder.splits()] == [1.0, 2.0]
+    assert [split.steps for split in recorder.splits()] == [1, 1]
+
+
+def test_a_recorder_of_every_second_step_leaves_the_others_untimed_and_unwatched():
+    clock, told = Clock(), list[str]()
+    recorder = StepRecorder(CPU, every=2, clock=clock, watch=told.append)
+    for seconds in (1.0, 2.0, 4.0, 8.0, 16.0):
+        run_step(recorder, clock, forward=seconds)
+    assert [split.seconds["forward"] for split in recorder.splits()] == [1.0, 4.0, 16.0]
+    assert told == ["", "forward", "other"] * 3
