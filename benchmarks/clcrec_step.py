@@ -2,10 +2,11 @@
 
     python -m benchmarks.clcrec_step --data-path FOLDER [--quick]
 
-The original's side is written here from its description: a set difference and random.sample for every pair, two tensors
-made from lists, the default collation; the encoder over all items with the features concatenated in every step, users
-repeated 1 + N times, products of gathered vectors, exp without a maximum, four .item() and retain_graph, Adam as it
-comes; six full rankings with a Python loop over all users for every block of 2,000, and one over users for the metrics.
+The original's side is apps/clcrec/originals.py, written from its description: a set difference and random.sample for
+every pair, two tensors made from lists, the default collation; the encoder over all items with the features
+concatenated in every step, users repeated 1 + N times, products of gathered vectors, exp without a maximum, four
+.item() and retain_graph, Adam as it comes; six full rankings with a Python loop over all users for every block of
+2,000, and one over users for the metrics.
 Its negatives are drawn from Python integers and it has no worker processes, which would go on working during our turns.
 
 Both sides have the same data, the same widths, the same negatives left out (every known positive), the same share of
@@ -17,35 +18,40 @@ Without any feat_* file in the folder, random features of the original's widths 
 """
 
 import argparse
-import math
 import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from apps.clcrec.config import Config, ModelConfig, TrainConfig
-from apps.clcrec.dataset import GROUPS, STAGES, ColdStart, Group, group_part
-from apps.clcrec.evaluate import evaluate_stages, held_out, matrices
+from apps.clcrec.bench import NOTES_WIDTHS
+from apps.clcrec.config import Config, TrainConfig
+from apps.clcrec.dataset import STAGES, ColdStart
+from apps.clcrec.evaluate import LEGACY_MASK, evaluate_stages, matrices
 from apps.clcrec.formats import read_data
-from apps.clcrec.train import DRAWN_ROWS, Components, build, epoch_batches, loss_fn
-from shared.amp import amp_step, resolve_precision
+from apps.clcrec.originals import (
+    Plain,
+    PlainModel,
+    PlainPairs,
+    drawn_places,
+    plain_evaluation,
+    plain_features,
+    plain_splits,
+    plain_step,
+    sets_of,
+)
+from apps.clcrec.train import DRAWN_ROWS, Components, build, epoch_batches, loss_fn, make_model
+from shared.amp import amp_step, make_state, resolve_precision
 from shared.device import describe_machine, pick_device
-from shared.ranking import Lists
 
-MOVIELENS_WIDTHS = {"v": 2048, "a": 128, "t": 100}
-LEGACY_MASK = 1e-15
-USERS_PER_BLOCK = 2000  # of the original's ranking
 TOP = 10
 LARGEST_GAP = 1e-4  # between metrics: items of equal content tie, and the original leaves the order of ties to topk
 MATRIX = 2048  # rows and columns of the product that the machine's rate is measured with
@@ -58,157 +64,37 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 # The original's side
 
 
-class PlainPairs(Dataset[tuple[Tensor, Tensor]]):
-    """A training pair with its negatives by index: its user 1 + N times, and its items, both [1 + N] int64."""
-
-    def __init__(self, data: ColdStart, num_negatives: int) -> None:
-        first = data.num_users  # items are numbered behind the users
-        self.pairs = torch.stack([data.user.long(), data.item.long() + first], dim=1).numpy()
-        self.warm = set(range(first, first + data.num_warm))
-        self.positives = sets_of(data.known, first)
-        self.num_negatives = num_negatives
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        user, item = self.pairs[index]
-        negatives = random.sample(list(self.warm - self.positives[user]), self.num_negatives)
-        return torch.LongTensor([user] * (1 + self.num_negatives)), torch.LongTensor([item, *negatives])
+def plain_pairs(data: ColdStart, num_negatives: int) -> PlainPairs:
+    """The original's data set, whose pairs are NumPy's integers."""
+    user, item = data.user.long().numpy(), data.item.long().numpy()
+    return PlainPairs(user, item, data.known, num_warm=data.num_warm, num_negatives=num_negatives)
 
 
-def sets_of(lists: Lists, first: int) -> dict[int, set[int]]:
-    """The items of every user as a set of numbers from `first` on."""
-    ptr, item = lists.ptr.tolist(), (lists.item.long() + first).tolist()
-    return {user: set(item[ptr[user] : ptr[user + 1]]) for user in range(len(ptr) - 1)}
-
-
-class PlainModel(nn.Module):
-    """One table of users and items, and the encoder of content."""
-
-    def __init__(self, data: ColdStart, widths: ModelConfig) -> None:
-        super().__init__()
-        self.num_users, self.num_warm = data.num_users, data.num_warm
-        self.features = [F.normalize(data.content[name].float(), dim=1) for name in data.modalities]
-        self.table = nn.Parameter(
-            nn.init.xavier_normal_(torch.empty(data.num_users + data.num_items, widths.embed_dim))
-        )
-        self.encoder = nn.Sequential(
-            nn.Linear(sum(part.shape[1] for part in self.features), widths.hidden_dim),
-            nn.LeakyReLU(),
-            nn.Linear(widths.hidden_dim, widths.embed_dim),
-        )
-        self.result = torch.empty(0)
-
-    def forward(self, user_BM: Tensor, item_BM: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The total loss and its parts L1, L2 and weighted R."""
-        columns = item_BM.shape[1]
-        content = self.encoder(torch.cat(self.features, dim=1))
-        user, item = user_BM.view(-1), item_BM.view(-1)
-        positive = item_BM[:, :1].repeat(1, columns).view(-1)
-        user_vector, positive_vector, item_vector = self.table[user], self.table[positive], self.table[item]
-        content_vector = content[item - self.num_users]
-        mixed = item_vector.clone()
-        place = torch.randint(len(item), (int(len(item) * SETTINGS.num_sample),))
-        mixed[place] = content_vector[place].clone()
-        contrast = self.contrastive(F.normalize(positive_vector, dim=1), F.normalize(content_vector, dim=1), columns)
-        preference = self.contrastive(user_vector, mixed, columns)
-        user_norm = torch.sqrt((user_vector**2).sum(1)).mean()
-        item_norm = torch.sqrt((item_vector**2).sum(1)).mean()
-        penalty = SETTINGS.reg_weight * (user_norm + item_norm) / 2
-        self.result = torch.cat([self.table[: self.num_users + self.num_warm], content[self.num_warm :]])
-        total = SETTINGS.lr_lambda * contrast + (1 - SETTINGS.lr_lambda) * preference + penalty
-        return total, contrast, preference, penalty
-
-    @staticmethod
-    def contrastive(anchor: Tensor, candidate: Tensor, columns: int) -> Tensor:
-        """Mean of minus the log of the positive's share, over rows of `columns` candidates."""
-        score = torch.exp((anchor * candidate).sum(1) / SETTINGS.temperature).view(-1, columns)
-        return (-torch.log(score[:, 0] / score.sum(1))).mean()
-
-
-def plain_batches(data: ColdStart, *, batch_size: int, num_negatives: int) -> Iterator[tuple[Tensor, Tensor]]:
+def plain_batches(data: ColdStart, *, batch_size: int, num_negatives: int) -> Iterator[list[Tensor]]:
     """The original's batches, epoch after epoch."""
-    loader = DataLoader(PlainPairs(data, num_negatives), batch_size, shuffle=True, num_workers=0)
+    loader = DataLoader(plain_pairs(data, num_negatives), batch_size, shuffle=True, num_workers=0)
     while True:
         yield from loader
 
 
-def plain_steps(data: ColdStart, widths: ModelConfig, *, batch_size: int, num_negatives: int) -> Iterator[float]:
+def plain_steps(data: ColdStart, config: Config, *, batch_size: int, num_negatives: int) -> Iterator[float]:
     """The original's training, one step at a time."""
-    model = PlainModel(data, widths)
-    optimizer = torch.optim.Adam(model.parameters(), lr=SETTINGS.lr)
+    training = config.training
+    features = plain_features(data, data.modalities, torch.device("cpu"))
+    model = PlainModel(make_model(config, data), features)
+    optimizer = torch.optim.Adam(model.parameters(), lr=training.lr)
+    state = make_state(model, [optimizer], precision="fp32", device=torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+
+    def loss_of(_: nn.Module, batch: Plain) -> tuple[Tensor, dict[str, Tensor]]:
+        return model.by_vectors(batch, training=training, is_prepared=False)
+
     sums = [0.0] * 4
     for user_BM, item_BM in plain_batches(data, batch_size=batch_size, num_negatives=num_negatives):
-        optimizer.zero_grad()
-        parts = model(user_BM, item_BM)
-        parts[0].backward(retain_graph=True)
-        optimizer.step()
-        sums = [total + part.item() for total, part in zip(sums, parts, strict=True)]
+        batch = Plain(user_BM, item_BM, drawn_places(item_BM, training.num_sample, generator))
+        loss, parts = plain_step(state, batch, loss_of)
+        sums = [total + part.item() for total, part in zip(sums, (loss, *parts.values()), strict=True)]
         yield sums[0]
-
-
-class PlainSplit(NamedTuple):
-    """Held-out positives as the original has them: [user, item, item, ...] of every user."""
-
-    rows: list[list[int]]
-    masked: Tensor | None  # items of the other group, numbered from 0
-
-
-def plain_splits(data: ColdStart) -> dict[str, PlainSplit]:
-    """The six splits by name: "valid/all" and so on."""
-    warm, cold = torch.arange(data.num_warm), torch.arange(data.num_warm, data.num_items)
-    masked: dict[Group, Tensor | None] = {"all": None, "warm": cold, "cold": warm}
-    splits = {}
-    for stage in STAGES:
-        for group in GROUPS:
-            sets = sets_of(group_part(held_out(data, stage), group, data.num_warm), data.num_users)
-            rows = [[user, *sorted(items)] for user, items in sets.items()]
-            splits[f"{stage}/{group}"] = PlainSplit(rows, masked[group])
-    return splits
-
-
-@torch.no_grad()
-def plain_metrics(
-    result: Tensor, num_users: int, trained: Mapping[int, set[int]], split: PlainSplit
-) -> tuple[float, float, float]:
-    """Precision, recall and NDCG at TOP of one split, from one full ranking of its own."""
-    user_vectors, item_vectors = result[:num_users], result[num_users:]
-    blocks = []
-    for begin in range(0, num_users, USERS_PER_BLOCK):
-        score = torch.matmul(user_vectors[begin : begin + USERS_PER_BLOCK], item_vectors.t())
-        for user, seen in trained.items():
-            if begin <= user < begin + USERS_PER_BLOCK:
-                score[user - begin][torch.LongTensor(list(seen)) - num_users] = LEGACY_MASK
-        if split.masked is not None:
-            score[:, split.masked] = LEGACY_MASK
-        blocks.append(torch.topk(score, TOP).indices + num_users)
-    ranked = torch.cat(blocks)
-    precision = recall = ndcg = 0.0
-    users = 0
-    for user, *items in split.rows:
-        if not items:
-            continue
-        wanted, top = set(items), ranked[user].tolist()
-        hits = len(wanted & set(top))
-        gain = sum(1 / math.log2(place + 2) for place, item in enumerate(top) if item in wanted)
-        ideal = sum(1 / math.log2(place + 2) for place in range(min(len(wanted), TOP)))
-        precision, recall, ndcg = precision + hits / TOP, recall + hits / len(wanted), ndcg + gain / ideal
-        users += 1
-    return precision / users, recall / users, ndcg / users
-
-
-def plain_evaluation(
-    result: Tensor, num_users: int, trained: Mapping[int, set[int]], splits: Mapping[str, PlainSplit]
-) -> dict[str, float]:
-    """All metrics of the six splits, as "valid/all/Recall@10"."""
-    return {
-        f"{name}/{metric}@{TOP}": value
-        for name, split in splits.items()
-        for metric, value in zip(
-            ("Precision", "Recall", "NDCG"), plain_metrics(result, num_users, trained, split), strict=True
-        )
-    }
 
 
 # Our side
@@ -294,10 +180,8 @@ def with_features(data: ColdStart) -> tuple[ColdStart, str]:
             f"{name} {data.content[name].shape[1]}" for name in data.modalities
         )
     generator = torch.Generator().manual_seed(0)
-    content = {
-        name: torch.randn(data.num_items, width, generator=generator) for name, width in MOVIELENS_WIDTHS.items()
-    }
-    widths = ", ".join(f"{name} {width}" for name, width in MOVIELENS_WIDTHS.items())
+    content = {name: torch.randn(data.num_items, width, generator=generator) for name, width in NOTES_WIDTHS.items()}
+    widths = ", ".join(f"{name} {width}" for name, width in NOTES_WIDTHS.items())
     return replace(data, content=content), (
         f"*** NO feat_* FILE IN THE FOLDER: RANDOM FEATURES ({widths}). Times mean something, metrics do not. ***"
     )
@@ -351,7 +235,7 @@ def step_rows(data: ColdStart, config: Config, *, quick: bool) -> dict[str, list
         return Row(f"{name} [{form}]", our_steps(c), batch_size, block_of(batch_size))
 
     def original(num_negatives: int, block: int) -> Row:
-        steps = plain_steps(data, config.model, batch_size=256, num_negatives=num_negatives)
+        steps = plain_steps(data, config, batch_size=256, num_negatives=num_negatives)
         # its scores are no matrix products, so they are counted here: two losses, 2 D forward and 4 D backward each
         gflop = 12 * config.model.embed_dim * 256 * (1 + num_negatives) / 1e9
         return Row(f"original, batch 256, N {num_negatives}", steps, 256, block, gflop)
@@ -443,7 +327,7 @@ def main() -> None:
     user_UD, item_ID = matrices(c.state.model)
     trained, splits = sets_of(data.trained, data.num_users), plain_splits(data)
     sides: dict[str, Callable[[], dict[str, float]]] = {
-        "original": partial(plain_evaluation, torch.cat([user_UD, item_ID]), data.num_users, trained, splits),
+        "original": partial(plain_evaluation, torch.cat([user_UD, item_ID]), data.num_users, trained, splits, k=TOP),
         "ours": partial(our_evaluation, c.state.model, data, config),
     }
     found: dict[str, dict[str, float]] = {}

@@ -6,14 +6,13 @@
 
 Every row of the table is the same work: so many negatives for each pair of the epoch, in shuffled order, the tables of
 the epoch included. Bounds: drawing one random number per negative, and writing the result, each alone. The usual
-arrangement is written here in its usual way: per pair the set difference of all items and the user's positives, a
+arrangement is that of apps/clcrec/originals.py: per pair the set difference of all items and the user's positives, a
 random.sample of it as a list, and two LongTensors; it is timed on some pairs and multiplied. Prints a table and, as its
 last line, everything as JSON.
 """
 
 import argparse
 import json
-import math
 import random
 import statistics
 import sys
@@ -26,6 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from apps.clcrec.bench import NOTES_COLD, NOTES_PAIRS, NOTES_USERS, NOTES_WARM, made_pairs, weighted_items
+from apps.clcrec.originals import PlainPairs
 from shared.device import describe_machine
 from shared.negatives import (
     NegativeSampler,
@@ -60,28 +61,17 @@ def exclusions(key: Tensor, num_users: int, num_items: int) -> Lists:
     return Lists(ptr, (key % num_items).int())
 
 
-def weighted_items(num_warm: int, count: int, generator: torch.Generator) -> Tensor:
-    """Items whose popularity falls with their number as a lognormal sample's does."""
-    weight = torch.randn(num_warm, generator=generator).mul_(1.5).exp_().sort(descending=True).values
-    share = (weight.cumsum(0) / weight.sum())[:-1]
-    return torch.searchsorted(share, torch.rand(count, generator=generator))
-
-
-def movielens_shape(num_users: int = 55_485, num_warm: int = 5_119, num_cold: int = 867, pairs: int = 922_007) -> Pairs:
+def movielens_shape() -> Pairs:
     """Made-up pairs with the sizes of CLCRec's Movielens and lognormal numbers of positives per user."""
-    generator = torch.Generator().manual_seed(0)
-    num_items = num_warm + num_cold
-    degree = torch.randn(num_users, generator=generator).add_(math.log(10)).exp_().mul_(1.5).long().clamp_(1, 638)
-    user = torch.repeat_interleave(degree)
-    key = torch.unique(user * num_items + weighted_items(num_warm, len(user), generator))
-    key = key[torch.randperm(len(key), generator=generator)[:pairs]].sort().values
+    num_items = NOTES_WARM + NOTES_COLD
+    key = made_pairs(NOTES_USERS, NOTES_WARM, num_items, torch.Generator().manual_seed(0))[:NOTES_PAIRS].sort().values
     return Pairs(
         "Movielens-shaped, made up",
         key // num_items,
         key % num_items,
-        exclusions(key, num_users, num_items),
+        exclusions(key, NOTES_USERS, num_items),
         num_items,
-        num_warm,
+        NOTES_WARM,
     )
 
 
@@ -129,17 +119,13 @@ def chunked(work: Callable[[int, int], object], count: int, chunk: int) -> None:
 
 def usual_seconds(pairs: Pairs, num_negatives: int, samples: int) -> float:
     """Seconds a pair in the usual arrangement: Python sets, random.sample, tensors made from lists."""
-    ptr, item = pairs.exclude.ptr.tolist(), pairs.exclude.item.tolist()
     order = torch.randperm(len(pairs.user), generator=torch.Generator().manual_seed(1))[:samples]
     users, positives = pairs.user[order].tolist(), pairs.item[order].tolist()
-    seen = {user: set(item[ptr[user] : ptr[user + 1]]) for user in users}
-    all_items = set(range(pairs.num_warm))
-    rng = random.Random(0)
+    usual = PlainPairs(users, positives, pairs.exclude, num_warm=pairs.num_warm, num_negatives=num_negatives)
+    random.seed(0)
     begin = time.perf_counter()
-    for user, positive in zip(users, positives, strict=True):
-        negatives = rng.sample(list(all_items - seen[user]), num_negatives)
-        torch.LongTensor([user] * (num_negatives + 1))
-        torch.LongTensor([positive, *negatives])
+    for index in range(samples):
+        usual[index]
     return (time.perf_counter() - begin) / samples
 
 
