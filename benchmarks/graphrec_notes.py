@@ -3,56 +3,30 @@
     python -m benchmarks.graphrec_notes --data-path Data/movielens
 
 Content is random, of the real widths (acoustic 128, text 100), where the folder has none: it does not change the speed.
-First the input alone: the usual per-sample sampling in a DataLoader with 0, 1 and 2 workers, written here anew, beside
-ours. Then whole training steps of ours, one row per setting. samples/s are positives per second.
+First the input alone: the usual per-sample sampling (apps/graphrec/originals.py) in a DataLoader with 0, 1 and 2
+workers, beside ours. Then whole training steps of ours, one row per setting. samples/s are positives per second.
 """
 
 import argparse
-import random
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from apps.graphrec.bench import with_content
 from apps.graphrec.config import Config, ModelConfig, TrainConfig
-from apps.graphrec.dataset import Interactions
 from apps.graphrec.formats import read_data
 from apps.graphrec.objective import loss_fn
+from apps.graphrec.originals import PlainPairs
 from apps.graphrec.train import Components, build, epoch_batches
 from shared.amp import amp_step
 from shared.device import describe_machine
-from shared.seed import make_generator
-
-WIDTHS = {"a": 128, "t": 100}
 
 
-class PerSample(Dataset[tuple[Tensor, Tensor]]):
-    """The usual data set: a set difference and random.sample for every sample."""
-
-    def __init__(self, data: Interactions, num_negatives: int) -> None:
-        self.pairs = list(zip(data.user_of_pair.tolist(), data.train.item.tolist(), strict=True))
-        is_warm = torch.ones(data.num_items, dtype=torch.bool) if data.is_cold is None else ~data.is_cold
-        self.all_items = set(is_warm.nonzero().squeeze(1).tolist())
-        items = torch.split(data.train.item, data.train.ptr.diff().tolist())
-        self.met = [set(own.tolist()) for own in items]
-        self.num_negatives = num_negatives
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        user, item = self.pairs[index]
-        negatives = random.sample(list(self.all_items - self.met[user]), self.num_negatives)
-        return torch.LongTensor([user] * (1 + self.num_negatives)), torch.LongTensor([item, *negatives])
-
-
-def loader_rate(data: PerSample, batch_size: int, workers: int, batches: int) -> float:
+def loader_rate(data: PlainPairs, batch_size: int, workers: int, batches: int) -> float:
     """Samples per second of the usual loader, without its start."""
     context = "fork" if workers else None
     source = iter(DataLoader(data, batch_size, shuffle=True, num_workers=workers, multiprocessing_context=context))
@@ -81,11 +55,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=3)
     options = parser.parse_args()
 
-    data = read_data(options.data_path)
-    if not data.content:
-        generator = make_generator(0)
-        content = {name: torch.randn(data.num_items, width, generator=generator) for name, width in WIDTHS.items()}
-        data = replace(data, content=content)
+    data = with_content(read_data(options.data_path))
     print(f"{data.name}: {data.num_users:,} users, {data.num_items:,} items, {data.num_pairs:,} training pairs")
     print(", ".join(f"{key} {value}" for key, value in describe_machine().items()))
 
@@ -104,7 +74,7 @@ def main() -> None:
         return build(Config(model=ModelConfig(model="clcrec-graph"), training=training), data)
 
     print("\ninput alone, batches of 256 with 512 negatives")
-    usual = PerSample(data, 512)
+    usual = PlainPairs(data, 512)
     first = 0.0
     for workers in (0, 1, 2):
         rate = loader_rate(usual, 256, workers, options.batches)

@@ -2,17 +2,16 @@
 
     python -m benchmarks.graphrec_step --data-path gowalla
 
-The usual arrangement is written here anew from a description of LightGCN-PyTorch: a Python loop draws a user, one of
-its items and a negative by rejection against an array; the adjacency of users and items is a coalesced COO matrix,
-multiplied by torch.sparse.mm layer by layer; the layers are stacked and averaged; BPR with L2 of the batch's rows; Adam
-as it comes; evaluation in batches of 100 users, each of which propagates the whole graph again, with Python loops for
-masks and hits (its sigmoid, which turns close scores into ties, is left out). Both: the same width, layers, batch size,
-one negative, and the same weights in the evaluation, whose metrics must agree.
-Needs NumPy.
+The usual arrangement is apps/graphrec/originals.py, written from a description of LightGCN-PyTorch: a Python loop draws
+a user, one of its items and a negative by rejection against an array; the adjacency of users and items is a coalesced
+COO matrix, multiplied by torch.sparse.mm layer by layer; the layers are stacked and averaged; BPR with L2 of the
+batch's rows; Adam as it comes; evaluation in batches of 100 users, each of which propagates the whole graph again, with
+Python loops for masks and hits (its sigmoid, which turns close scores into ties, is left out). Both: the same width,
+layers, batch size, one negative, and the same weights, with which the metrics of the evaluation must agree.
+Needs NumPy, whose arrays and numbers the usual sampler draws from.
 """
 
 import argparse
-import math
 import statistics
 import time
 from dataclasses import replace
@@ -22,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from apps.graphrec.config import Config, DataConfig, ModelConfig, TrainConfig
 from apps.graphrec.dataset import Interactions
@@ -32,97 +30,13 @@ from apps.graphrec.evaluate import evaluate
 from apps.graphrec.formats import read_data
 from apps.graphrec.model import GraphRec
 from apps.graphrec.objective import loss_fn
+from apps.graphrec.originals import PlainLightGCN, Triples, coo_adjacency, lists_of, plain_ranking, plain_triples
 from apps.graphrec.train import build, epoch_batches
 from shared.amp import amp_step
 from shared.device import describe_machine
 from shared.ranking import Lists
 
 np: Any = import_module("numpy")  # the extra `formats`, which the checks of types do without
-
-
-class UsualLightGCN(nn.Module):
-    """Embeddings of users and items, propagated by a sparse COO matrix."""
-
-    def __init__(self, data: Interactions, width: int, layers: int) -> None:
-        super().__init__()
-        self.num_users, self.num_items, self.layers = data.num_users, data.num_items, layers
-        self.user = nn.Embedding(data.num_users, width)
-        self.item = nn.Embedding(data.num_items, width)
-        nn.init.normal_(self.user.weight, std=0.1)
-        nn.init.normal_(self.item.weight, std=0.1)
-        self.adjacency = coo_adjacency(data)
-
-    def propagated(self) -> tuple[Tensor, Tensor]:
-        """Vectors of users and items after all layers."""
-        layer = torch.cat([self.user.weight, self.item.weight])
-        found = [layer]
-        for _ in range(self.layers):
-            layer = torch.sparse.mm(self.adjacency, layer)
-            found.append(layer)
-        users, items = torch.split(torch.stack(found, dim=1).mean(dim=1), [self.num_users, self.num_items])
-        return users, items
-
-    def loss(self, user: Tensor, positive: Tensor, negative: Tensor, decay: float) -> Tensor:
-        """BPR with the L2 term of the unpropagated rows."""
-        users, items = self.propagated()
-        first = (users[user] * items[positive]).sum(1)
-        second = (users[user] * items[negative]).sum(1)
-        rows = (self.user(user), self.item(positive), self.item(negative))
-        size = 0.5 * sum((row.norm(2).pow(2) for row in rows), torch.zeros(())) / len(user)
-        return F.softplus(second - first).mean() + decay * size
-
-
-def coo_adjacency(data: Interactions) -> Tensor:
-    """The normalised adjacency of users and items as a coalesced sparse COO tensor."""
-    user, item = data.user_of_pair, data.train.item.long() + data.num_users
-    row, column = torch.cat([user, item]), torch.cat([item, user])
-    size = data.num_users + data.num_items
-    degree = torch.bincount(row, minlength=size).float()
-    weight = (degree[row] * degree[column]).rsqrt()
-    index = torch.stack([row, column])
-    return torch.sparse_coo_tensor(index, weight, (size, size), check_invariants=False).coalesce()
-
-
-def usual_sample(positives: list[Any], num_users: int, num_items: int, count: int) -> Any:
-    """Triples drawn in a Python loop: a user, one of its items, an item it has not met."""
-    found = []
-    for user in np.random.randint(0, num_users, count):
-        own = positives[user]
-        if len(own) == 0:
-            continue
-        positive = own[np.random.randint(0, len(own))]
-        while True:
-            negative = np.random.randint(0, num_items)
-            if negative not in own:
-                break
-        found.append([user, positive, negative])
-    return np.array(found)
-
-
-def usual_evaluation(
-    model: UsualLightGCN, data: Interactions, users: list[int], positives: list[Any], tests: list[Any], k: int
-) -> dict[str, float]:
-    """Recall and NDCG in batches of 100 users, by loops."""
-    recall = gain = 0.0
-    for begin in range(0, len(users), 100):
-        batch = users[begin : begin + 100]
-        with torch.no_grad():
-            user_vectors, item_vectors = model.propagated()
-            rating = user_vectors[torch.tensor(batch)] @ item_vectors.t()
-        rows: list[int] = []
-        columns: list[int] = []
-        for i, user in enumerate(batch):
-            rows.extend([i] * len(positives[user]))
-            columns.extend(positives[user])
-        rating[rows, columns] = -(1 << 10)
-        _, best = torch.topk(rating, k=k)
-        for user, ranked in zip(batch, best.numpy(), strict=True):
-            truth = tests[user]
-            hits = np.array([item in truth for item in ranked], dtype=float)
-            recall += hits.sum() / len(truth)
-            ideal = sum(1 / math.log2(i + 2) for i in range(min(k, len(truth))))
-            gain += (hits / np.log2(np.arange(2, k + 2))).sum() / ideal
-    return {f"Recall@{k}": recall / len(users), f"NDCG@{k}": gain / len(users)}
 
 
 def quartiles(seconds: list[float]) -> str:
@@ -158,17 +72,18 @@ def main() -> None:
             TrainConfig(loss="bpr", num_negatives=1, batch_size=options.batch_size, device="cpu", ks=(20,)),
         )
 
-    torch.manual_seed(0)
-    np.random.seed(0)
-    usual = UsualLightGCN(data, options.embed_dim, options.layers)
+    exact = build(config(), data)
+    model = exact.state.model
+    assert isinstance(model, GraphRec)
+    usual = PlainLightGCN(model, coo_adjacency(data, exact.device))
     adam = torch.optim.Adam(usual.parameters(), lr=1e-3)
-    positives = [items.numpy() for items in torch.split(data.train.item.long(), data.train.ptr.diff().tolist())]
 
     # sampling, a whole epoch
+    arrays = [items.numpy() for items in torch.split(data.train.item.long(), data.train.ptr.diff().tolist())]
+    np.random.seed(0)
     begin = time.perf_counter()
-    triples = usual_sample(positives, data.num_users, data.num_items, data.num_pairs)
+    triples = np.array(plain_triples(arrays, data.num_items, data.num_pairs, draw=np.random.randint))
     usual_sampling_s = time.perf_counter() - begin
-    exact = build(config(), data)
     drawn_s = []
     for epoch in range(3):
         begin = time.perf_counter()
@@ -188,9 +103,9 @@ def main() -> None:
     for index in range(options.warm_up + options.steps):
         rows = torch.from_numpy(triples[index * options.batch_size : (index + 1) * options.batch_size])
         begin = time.perf_counter()
-        loss = usual.loss(rows[:, 0], rows[:, 1], rows[:, 2], 1e-4)
+        terms = usual.losses(Triples(*rows.unbind(1)))
         adam.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        (terms["pairs"] + 1e-4 * terms["reg"]).backward()  # type: ignore[no-untyped-call]
         adam.step()
         elapsed["usual"].append(time.perf_counter() - begin)
         for name, c in ours.items():
@@ -209,14 +124,12 @@ def main() -> None:
         print(f"{name:20s} {quartiles(timed)}; {steps} steps and the sampling {epoch_s:7.1f} s  x{base / epoch_s:.1f}")
 
     # evaluation with the same weights
-    model = exact.state.model
-    assert isinstance(model, GraphRec)
     with torch.no_grad():
-        model.table.copy_(torch.cat([usual.user.weight, usual.item.weight]))
+        model.table.copy_(torch.cat([usual.user, usual.item]))
     users = data.test.ptr.diff().nonzero().squeeze(1)[: options.users]
-    tests = [items.tolist() for items in torch.split(data.test.item.long(), data.test.ptr.diff().tolist())]
+    positives, tests = lists_of(data.train), lists_of(data.test)
     begin = time.perf_counter()
-    slow = usual_evaluation(usual, data, users.tolist(), positives, tests, 20)
+    slow = plain_ranking(usual.propagated, users.tolist(), positives, tests, k=20)
     usual_s = time.perf_counter() - begin
     few = first_tests(data, users)
     own_s = []

@@ -4,7 +4,6 @@ torch is imported inside the verbs, so that `--help` answers at once.
 """
 
 import json
-import os
 import re
 import shlex
 import sys
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 APP = "graphrec"
 PROG = f"python -m apps.{APP}"
 PRESETS = Path(__file__).parent / "configs"
-VERBS = ("train", "evaluate", "predict", "prepare", "check", "export")
+VERBS = ("train", "evaluate", "predict", "prepare", "check", "export", "bench", "diagnose", "tune-speed")
 # flags of the verbs, beside those of the configuration, that the original scripts spelled differently
 VERB_ALIASES = {"model-name": "name", "dataset": "data-path"}
 # switches of the original scripts that choose a value here: what they mean when they are on, and when they are off
@@ -606,6 +605,125 @@ def export(
     )
 
 
+@typer_app.command()
+@options
+def bench(
+    resolved: Resolved[Config],
+    quick: cli.Quick = False,
+    budget: cli.Budget = None,
+    project_epochs: cli.ProjectEpochs = 0,
+    shape: cli.Shape = "own",
+    only: cli.Only = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Measure the ladder: every optimisation alone and one after the other, beside what the notes promise of it."""
+    from apps.graphrec.bench import ladder, left_out, notes_config, notes_data
+    from shared.device import pick_device
+    from shared.ladder import chosen, total_runs
+    from shared.progress import Bar
+    from shared.report import build_report
+
+    config, console = resolved.config, Console(highlight=False, soft_wrap=True)
+    cli.refuse_torchrun(PROG)
+    if cli.wants_notes(shape):
+        if config.data.data_path is not None:
+            raise ConfigError("--shape notes makes its own data; leave --data-path out")
+        data, is_demo = notes_data(), True
+        notes = [f"{data.name}: pairs without a pattern, random content"]
+    else:
+        data, is_demo = load_data(config, runs_dir)
+        notes = [DEMO_NOTE] * is_demo
+    rungs = chosen(ladder(config, data, quick=quick, only=only or ()), only or ())
+    training = notes_config(config, data, quick=quick).training
+    notes += left_out(config, data, quick=quick)
+    description = f"bench{DEMO_MARK if is_demo else ''}"
+    with Bar(total=total_runs(rungs), description=description, unit="runs", console=console) as bar:
+
+        def on_run(name: str) -> None:
+            bar.note(name)
+            bar.advance()
+
+        run_dir, result = cli.run_ladder(
+            rungs,
+            app=APP,
+            data={
+                "name": data.name,
+                "demo": is_demo,
+                "users": data.num_users,
+                "items": data.num_items,
+                "pairs": data.num_pairs,
+                "batch_size": training.batch_size,
+                "num_negatives": training.num_negatives,
+            },
+            device=pick_device(config.training.device),
+            notes=notes,
+            command=shown_command(1),
+            runs_dir=runs_dir,
+            quick=quick,
+            budget=budget,
+            project_epochs=project_epochs,
+            on_run=on_run,
+        )
+    build_report(run_dir)
+    cli.print_ladder(console, result)
+    typer.echo(f"{run_dir}: bench.json and report.html{DEMO_MARK if is_demo else ''}")
+
+
+@typer_app.command()
+@options
+def diagnose(
+    resolved: Resolved[Config],
+    budget: cli.SpeedBudget = 60.0,
+    trace: cli.TraceFile = None,
+    log: cli.PastRun = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Say where the time of this very training goes here, what limits it, and which flags make it faster."""
+    from apps.graphrec.diagnose import subject
+    from shared.diagnosis import diagnose as examine
+    from shared.diagnosis import run_lines
+
+    if log is not None:
+        for line in run_lines(log):
+            typer.echo(line)
+        return
+    cli.refuse_torchrun(PROG)
+    if trace is not None:
+        cli.output_file(trace, suffix=".json")
+    data, is_demo = load_data(resolved.config, runs_dir)
+    if is_demo:
+        typer.echo(f"This is {DEMO_NOTE}; use --data-path for your own.")
+    examine(subject(data), resolved, say=typer.echo, budget_s=budget, trace=trace)
+
+
+@typer_app.command()
+@options
+def tune_speed(
+    resolved: Resolved[Config],
+    budget: cli.SpeedBudget = 120.0,
+    limit_mib: cli.LimitMib = 0,
+    again: cli.Again = False,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Find the fastest batch size and batches per propagation here by trials; printed and remembered, never applied."""
+    from apps.graphrec.diagnose import subject
+    from shared.tuning import tune
+
+    cli.refuse_torchrun(PROG)
+    data, is_demo = load_data(resolved.config, runs_dir)
+    if is_demo:
+        typer.echo(f"This is {DEMO_NOTE}; use --data-path for your own.")
+    tune(
+        subject(data),
+        resolved,
+        folder=runs_dir / APP,
+        say=typer.echo,
+        limit_mib=limit_mib,
+        budget_s=budget,
+        again=again,
+    )
+
+
 def load_model(
     resolved: Resolved[Config], run: Path | None, weights: Path | None, runs_dir: Path
 ) -> tuple[Config, "Interactions", "GraphRec | GraphFilter", Path, list[str]]:
@@ -619,8 +737,7 @@ def load_model(
     if run is None and weights is None:
         raise ConfigError("which model? give a run folder, or --weights FILE with the flags it was trained with")
     path = weights or cli.checkpoint_of(run or Path(), prog=PROG)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ:
-        raise ConfigError(f"only `train` shares its work among processes; start this without torchrun, as {PROG} ...")
+    cli.refuse_torchrun(PROG)
     state, meta = load_weights(path)
     config = as_trained(meta, resolved)
     data, is_demo = load_data(config, runs_dir)
