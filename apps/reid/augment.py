@@ -71,6 +71,34 @@ def augment(image: Tensor, plan: Tensor, *, target: tuple[int, int]) -> Tensor:
     plan: [R, 7] int64 of `draw_augment`, on the images' device. Padding and erased rectangles have the mean colour,
     which is nearly zero once normalised.
     """
+    return (_by_slices if plan.device.type == "cpu" else _by_gather)(image, plan, target)
+
+
+def _by_slices(image: Tensor, plan: Tensor, target: tuple[int, int]) -> Tensor:
+    """Image by image: on a CPU copies of whole rows are several times as fast as a gather, and the plan is at hand."""
+    rows, channels, source_height, source_width = image.shape
+    height, width = target
+    result = image.new_empty(rows, channels, height, width)
+    colour = torch.tensor(MEAN_COLOUR, dtype=torch.uint8)[:, None, None]
+    for row, (mirrored, y, x, top, left, bottom, right) in enumerate(plan.tolist()):
+        out = result[row]
+        first_y, first_x = min(max(0, -y), height), min(max(0, -x), width)
+        end_y = max(first_y, min(height, source_height - y))
+        end_x = max(first_x, min(width, source_width - x))
+        if (end_y - first_y, end_x - first_x) != (height, width):
+            out.copy_(colour)
+        inside = image[row, :, y + first_y : y + end_y, x + first_x : x + end_x]
+        if mirrored:
+            out[:, first_y:end_y, width - end_x : width - first_x] = inside.flip(2)
+        else:
+            out[:, first_y:end_y, first_x:end_x] = inside
+        if bottom > top:
+            out[:, top:bottom, left:right] = colour
+    return result
+
+
+def _by_gather(image: Tensor, plan: Tensor, target: tuple[int, int]) -> Tensor:
+    """All images at once: a fixed number of operations, nothing of the plan is read."""
     rows, channels, source_height, source_width = image.shape
     height, width = target
     mirrored, crop_y, crop_x, top, left, bottom, right = (column[:, None] for column in plan.unbind(1))
@@ -84,7 +112,7 @@ def augment(image: Tensor, plan: Tensor, *, target: tuple[int, int]) -> Tensor:
     taken = image.reshape(-1, source_width).index_select(0, lines.view(-1)).view(rows, channels, height, source_width)
     columns = x_RW.clamp(0, source_width - 1)[:, None, None].expand(rows, channels, height, width)
     result = taken.gather(3, columns)
-    # bytes of 0 or 255: on a CPU several times as fast as a boolean mask
+    # bytes of 0 or 255, which veil a pixel by & and |
     outside_RH, outside_RW = _veil((y_RH < 0) | (y_RH >= source_height)), _veil((x_RW < 0) | (x_RW >= source_width))
     erased_RH, erased_RW = _veil((y >= top) & (y < bottom)), _veil((x >= left) & (x < right))
     veil_RHW = (outside_RH[:, :, None] | outside_RW[:, None]) | (erased_RH[:, :, None] & erased_RW[:, None])

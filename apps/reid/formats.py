@@ -19,7 +19,6 @@ import dataclasses
 import difflib
 import hashlib
 import io
-import itertools
 import json
 import multiprocessing
 import os
@@ -313,10 +312,16 @@ def _listed(folder: Path) -> tuple[list[str], Files]:
 
 
 class _Builder:
-    """Images as a reader finds them, changed in place."""
+    """Images as a reader finds them, changed in place: columns, for rows would occupy the garbage collector."""
 
     def __init__(self) -> None:
-        self.rows: list[tuple[str, _Stat, str, int, str | None, int, int]] = []  # the arguments of `add`
+        self.paths: list[str] = []
+        self.stats = array("q")  # size and time of each
+        self.identities: list[str] = []
+        self.modalities: list[int] = []
+        self.cameras: list[str | None] = []
+        self.views: list[int] = []
+        self.places: list[int] = []  # of their captions
         self.captions: dict[str, int] = {}
 
     def add(
@@ -331,9 +336,14 @@ class _Builder:
         caption: str | None = None,
     ) -> int:
         """The row of an image that is added; a blank caption is none."""
-        place = self.caption(caption) if caption and not caption.isspace() else -1
-        self.rows.append((path, stat, identity, modality, camera, view, place))
-        return len(self.rows) - 1
+        self.paths.append(path)
+        self.stats.extend(stat)
+        self.identities.append(identity)
+        self.modalities.append(modality)
+        self.cameras.append(camera)
+        self.views.append(view)
+        self.places.append(self.caption(caption) if caption and not caption.isspace() else -1)
+        return len(self.paths) - 1
 
     def caption(self, text: str) -> int:
         """The place of a caption; equal ones share it."""
@@ -356,22 +366,20 @@ class _Builder:
         """The records; `parts` has every identity, `lists` are the files that describe the images."""
         names = sorted(parts, key=_by_number)
         number = {name: place for place, name in enumerate(names)}
-        columns = zip(*self.rows, strict=True) if self.rows else ([] for _ in range(7))
-        paths, stats, identities, modalities, cameras_of, views, captions_of = map(list, columns)
-        cameras = sorted(set(cameras_of) - {None}, key=_by_number)
+        cameras = sorted({camera for camera in self.cameras if camera is not None}, key=_by_number)
         camera_number: dict[str | None, int] = {camera: place for place, camera in enumerate(cameras)} | {None: -1}
-        state = hashlib.blake2b("\0".join(paths).encode("utf-8", "surrogateescape"), digest_size=16)
-        state.update(array("q", itertools.chain.from_iterable(stats)).tobytes())
+        state = hashlib.blake2b("\0".join(self.paths).encode("utf-8", "surrogateescape"), digest_size=16)
+        state.update(self.stats.tobytes())
         return _Records(
             form=form,
             root=root,
             origin=origin,
-            path=make_texts(paths),
-            identity=torch.tensor([number[name] for name in identities], dtype=torch.int64),
-            camera=torch.tensor([camera_number[camera] for camera in cameras_of], dtype=torch.int64),
-            modality=torch.tensor(modalities, dtype=torch.int64),
-            view=torch.tensor(views, dtype=torch.int64),
-            caption=torch.tensor(captions_of, dtype=torch.int64),
+            path=make_texts(self.paths),
+            identity=torch.tensor([number[name] for name in self.identities], dtype=torch.int64),
+            camera=torch.tensor([camera_number[camera] for camera in self.cameras], dtype=torch.int64),
+            modality=torch.tensor(self.modalities, dtype=torch.int64),
+            view=torch.tensor(self.views, dtype=torch.int64),
+            caption=torch.tensor(self.places, dtype=torch.int64),
             captions=make_texts(list(self.captions)),
             names=tuple(names),
             part=torch.tensor([parts[name] for name in names], dtype=torch.int64),
@@ -813,7 +821,7 @@ def _read_market(root: Path, findings: Findings) -> _Records | None:
                 gallery.append(row)
     if findings.errors:
         return None
-    lost = {person for person, _ in queries} - {builder.rows[row][2] for row in gallery}
+    lost = {person for person, _ in queries} - {builder.identities[row] for row in gallery}
     if lost:
         found = f"{many(len(lost), 'person')} who are not there, as {quote(min(lost))}"
         repair = "nothing to do: such queries are left out of every mean"
@@ -886,7 +894,7 @@ def _read_csv(file: Path, findings: Findings) -> _Records | None:
         findings.add(file, "query and gallery together, or test instead", found, "correct it", field="split")
     if findings.errors:
         return None
-    cameras = {builder.rows[row][4] for row in gallery}
+    cameras = {builder.cameras[row] for row in gallery}
     return builder.finish(
         "csv",
         file.parent,

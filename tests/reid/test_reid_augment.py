@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from apps.reid import augment as module
 from apps.reid.augment import (
     CLIP_MEAN,
     CLIP_STD,
@@ -172,6 +173,13 @@ def test_folding_keeps_leading_axes_and_gradients():
     assert torch.allclose(gradient, normalised.expand_as(weight))
 
 
+@pytest.mark.parametrize("pad", [0, 3, 40])
+def test_the_way_of_a_cpu_gives_what_that_of_a_gpu_gives(pad: int):
+    image = draw_images(60, *SOURCE)
+    plan = draw_augment(make_generator(1), 60, source=SOURCE, target=TARGET, pad=pad)
+    assert torch.equal(module._by_slices(image, plan, TARGET), module._by_gather(image, plan, TARGET))
+
+
 class _Calls(TorchDispatchMode):
     """Names of the operators that run."""
 
@@ -190,7 +198,7 @@ def test_nothing_is_read_back_and_no_operator_is_added_by_more_rows():
         image = draw_images(rows, *SOURCE)
         plan = draw_augment(make_generator(0), rows, source=SOURCE, target=TARGET)
         with _Calls() as calls:
-            augment(image, plan, target=TARGET)
+            module._by_gather(image, plan, TARGET)
         assert not [name for name in calls.names if "_local_scalar_dense" in name or "nonzero" in name]
         counts.append(len(calls.names))
     assert counts[0] == counts[1]
