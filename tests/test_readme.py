@@ -22,6 +22,7 @@ from unittest import mock
 import pytest
 
 from apps.clcrec import demo
+from apps.reid import demo as reid_demo
 from apps.seqrec.contest_demo import write_contest
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +34,13 @@ QUICK = "--max-steps 4"
 QUICK_TINY = "--max-steps 4 --warmup-steps 0"  # the tiny file has fewer steps than the real one's warm-up
 QUICK_FEW = "--max-steps 4 --num-negatives 8"  # the small folders have too few items for more
 QUICK_ROWS = "--max-steps 4 --baselines popularity"  # the filter beside the model takes seconds
+QUICK_SPEED = "--budget 0 --data-path Data/movielens --num-negatives 8"
+QUICK_PAIR = "--max-steps 2 --warmup-steps 0 --identities-per-batch 2 --num-instances 2 --patch 16"  # of few people
+QUICK_PEOPLE = f"{QUICK_PAIR} --data-path orbench.safetensors"  # drawing the demo's people takes seconds
+QUICK_CLIP = (  # the real sizes, weights and vocabulary are too large to have here
+    f"{QUICK_PAIR} --init none --vocab none --embed-dim 16 --tower-width 16 --tower-layers 1 --tower-heads 2 "
+    "--text-width 16 --text-layers 1 --text-heads 2 --fusion-heads 2"
+)
 TESTED = {
     "python -m apps.seqrec train --norm-first": QUICK,
     "python -m apps.seqrec train --config fast": QUICK,
@@ -80,6 +88,9 @@ TESTED = {
     "python -m apps.clcrec predict runs/clcrec/RUN --users-for cold --output users.jsonl": "",
     "python -m apps.clcrec predict runs/clcrec/RUN --new-items arrivals --output new-users.jsonl": "",
     "python -m apps.clcrec export vectors.safetensors --run runs/clcrec/RUN": "",
+    "python -m apps.clcrec bench --quick": f"{QUICK_SPEED} --only construction",  # its folder becomes the newest RUN
+    "python -m apps.clcrec diagnose": QUICK_SPEED,
+    "python -m apps.clcrec tune-speed": QUICK_SPEED,
     "python -m apps.graphrec train": QUICK_ROWS,
     "python -m apps.graphrec train --model bspm": "--filter-rank 8",
     "python -m apps.graphrec train --config default": QUICK_ROWS,
@@ -104,6 +115,29 @@ TESTED = {
     "python -m apps.graphrec evaluate runs/graphrec/RUN": "",
     "python -m apps.graphrec predict runs/graphrec/RUN --k 20 --output top20.jsonl": "",
     "python -m apps.graphrec export vectors.safetensors --run runs/graphrec/RUN": "",
+    "python -m apps.graphrec bench --quick": f"{QUICK_SPEED} --only propagation",  # its folder becomes the newest RUN
+    "python -m apps.graphrec diagnose": QUICK_SPEED,
+    "python -m apps.graphrec tune-speed": QUICK_SPEED,
+    "python -m apps.reid check ORBench": "",
+    "python -m apps.reid prepare ORBench orbench.safetensors": "",
+    (
+        "python -m apps.reid train --config vit-b16 --data-path orbench.safetensors --init clip.safetensors "
+        "--vocab bpe_simple_vocab_16e6.txt.gz"
+    ): QUICK_CLIP,
+    "python -m apps.reid train --config market --data-path Market-1501": QUICK_PAIR,
+    "python -m apps.reid train --config faces --data-path runs/orl-faces/table.csv": QUICK_PAIR,
+    "python -m apps.reid train --windows": QUICK_PEOPLE,
+    "python -m apps.reid train --config default": QUICK_PEOPLE,
+    "python -m apps.reid train --config notes": QUICK_PEOPLE,
+    "python -m apps.reid train --data-path orbench.safetensors --name first": QUICK_PAIR,
+    "python -m apps.reid train --resume runs/reid/RUN": "",
+    "python -m apps.reid evaluate runs/reid/RUN": "",
+    "python -m apps.reid evaluate runs/reid/RUN --rerank": "",
+    "python -m apps.reid predict runs/reid/RUN --list NIR+SK --output ranking.csv --sheet ranking.html": "",
+    "python -m apps.reid export features.safetensors --run runs/reid/RUN": "",
+    "python -m apps.reid bench --quick": f"{QUICK_PEOPLE} --budget 0 --only sampling",  # as there
+    "python -m apps.reid diagnose": f"{QUICK_PEOPLE} --budget 0",
+    "python -m apps.reid tune-speed": f"{QUICK_PEOPLE} --budget 0",
 }
 
 # Command that is not run here, and why. Installing and running pytest need no entry.
@@ -161,6 +195,25 @@ INPUTS = {
 }
 # And folders in CLCRec's layout.
 FOLDERS = ("Data/movielens", "Data/citeulike", "arrivals")
+
+
+def write_people(folder: Path) -> None:
+    """Folders of images in ORBench's layout and in Market-1501's, and a table of the latter's."""
+    with mock.patch.multiple(reid_demo, NUM_TRAIN=3, NUM_TEST=2):
+        reid_demo.write_demo(folder / "ORBench")
+    rows = ["path,identity,camera,split"]
+    for number, image in enumerate(sorted((folder / "ORBench/vis").rglob("*.png"))):
+        person, camera = image.name[:4], number % 2 + 1
+        part = "train" if person <= "0003" else "query" if number % 5 == 0 else "gallery"
+        place = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}[part]
+        target = folder / "Market-1501" / place / f"{person}_c{camera}s1_{number}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(image.read_bytes())
+        copy = folder / "runs/orl-faces" / target.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(image.read_bytes())
+        rows.append(f"{copy.name},{person},{camera},{part}")
+    (folder / "runs/orl-faces/table.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 # Reading the pages
@@ -290,6 +343,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     with mock.patch.object(demo, "demo_data", return_value=small):
         for name in FOLDERS:
             demo.write_demo(folder / name)
+    write_people(folder)
     return dict(zip(TESTED, run_in_one_process(list(TESTED.items()), folder), strict=True))
 
 

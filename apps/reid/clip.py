@@ -95,14 +95,36 @@ class Block(nn.Module):
         self.expand = ExpertLinear(width, 4 * width, experts=experts, rank=rank)
         self.contract = ExpertLinear(4 * width, width, experts=experts, rank=rank)
 
-    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, gate: Tensor | None = None, share: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """[R, T, D] of x [R, T, D]; what the block adds is multiplied by each row's `share` ([R, 1, 1]).
+
+        mask: [R, T] bool, False for tokens that nobody attends to.
+        """
         rows, length, width = x.shape
         qkv = self.qkv(self.norm_1(x), gate).view(rows, length, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [R, H, T, W]
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
-        x = x + self.out(mixed.transpose(1, 2).reshape(rows, length, width), gate)
+        attends = None if mask is None else mask[:, None, None]
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attends, is_causal=self.causal)
+        change = self.out(mixed.transpose(1, 2).reshape(rows, length, width), gate)
+        x = x + (change if share is None else change * share)
         hidden = self.expand(self.norm_2(x), gate)
-        return x + self.contract(hidden * torch.sigmoid(1.702 * hidden), gate)  # QuickGELU, as CLIP was trained
+        change = self.contract(hidden * torch.sigmoid(1.702 * hidden), gate)  # QuickGELU, as CLIP was trained
+        return x + (change if share is None else change * share)
+
+    def reset_parameters(self, depth: int) -> None:
+        """CLIP's initial values for what is shared, in a tower of `depth` blocks; in place."""
+        width = self.out.in_features
+        residual = width**-0.5 * (2 * depth) ** -0.5
+        for layer, std in (
+            (self.qkv, width**-0.5),
+            (self.out, residual),
+            (self.expand, (2 * width) ** -0.5),
+            (self.contract, residual),
+        ):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
 
 
 class Tower(nn.Module):
@@ -118,13 +140,16 @@ class Tower(nn.Module):
         causal: bool,
         experts: int = 0,
         rank: int = 0,
+        drop_path: float = 0.0,
         grad_checkpoint: bool = False,
     ) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(
-                f"a tower of width {width} cannot have {heads} heads; the width must be a multiple of them"
+                f"{'a text' if causal else 'an image'} tower of width {width} cannot have {heads} heads; the width must "
+                "be a multiple of them"
             )
+        self.drop_path = drop_path
         self.grad_checkpoint = grad_checkpoint
         self.blocks = nn.ModuleList(
             Block(width, heads, causal=causal, experts=experts, rank=rank) for _ in range(layers)
@@ -134,27 +159,30 @@ class Tower(nn.Module):
 
     def run(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """[R, T, E] of embedded tokens [R, T, D]."""
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
+            share = self.draw_share(x, i) if self.training and self.drop_path > 0 and i else None
             if self.grad_checkpoint and self.training:
-                x = checkpoint(block, x, gate, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
+                # nothing is drawn inside
+                x = checkpoint(block, x, gate, share, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, gate)
+                x = block(x, gate, share)
         return self.projection(self.post_norm(x))
+
+    def draw_share(self, x: Tensor, i: int) -> Tensor:
+        """0 for rows that skip block i, for others what makes up for it on average, [R, 1, 1].
+
+        Stochastic depth (Huang et al. 2016): the first block is never skipped, the last one most often. Drawn from
+        torch's global generator, which the training loop seeds.
+        """
+        skipped = self.drop_path * i / (len(self.blocks) - 1)
+        draw = torch.rand(x.shape[0], 1, 1, device=x.device)
+        return ((draw >= skipped) / (1 - skipped)).to(x.dtype)
 
     def reset_blocks(self) -> None:
         """CLIP's initial values for what is shared; in place."""
         for block in self.blocks:
             assert isinstance(block, Block)
-            width = block.out.in_features
-            residual = width**-0.5 * (2 * len(self.blocks)) ** -0.5
-            for layer, std in (
-                (block.qkv, width**-0.5),
-                (block.out, residual),
-                (block.expand, (2 * width) ** -0.5),
-                (block.contract, residual),
-            ):
-                nn.init.normal_(layer.weight, std=std)
-                nn.init.zeros_(layer.bias)
+            block.reset_parameters(len(self.blocks))
         nn.init.normal_(self.projection.weight, std=self.projection.in_features**-0.5)
 
 
@@ -171,6 +199,7 @@ class ImageTower(Tower):
         modalities: int = 1,
         rank: int = 0,
         alpha: float = 1.0,
+        drop_path: float = 0.0,
         grad_checkpoint: bool = False,
     ) -> None:
         """rank: of the experts in every layer, 0 for none; alpha / rank: what they are multiplied by."""
@@ -183,6 +212,7 @@ class ImageTower(Tower):
             causal=False,
             experts=modalities,
             rank=rank,
+            drop_path=drop_path,
             grad_checkpoint=grad_checkpoint,
         )
         self.patch = config.patch
@@ -198,14 +228,16 @@ class ImageTower(Tower):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """CLIP's initial values, the same patches for every modality; in place."""
+        """CLIP's initial values but for positions, the same patches for every modality; in place."""
         self.reset_blocks()
         first = self.patch_weight[0]
         nn.init.normal_(first, std=first[0].numel() ** -0.5)
         with torch.no_grad():
             self.patch_weight.copy_(first.clone().expand_as(self.patch_weight))
-        for parameter in (self.class_token, self.position):
-            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        nn.init.normal_(self.class_token, std=self.class_token.shape[0] ** -0.5)
+        # As large as embedded patches, where CLIP's are smaller: heads tell places apart from the first step, and a
+        # model that begins without pretrained weights learns from far fewer of them.
+        nn.init.normal_(self.position)
 
     def forward(self, image: Tensor, modality_R: Tensor) -> Encoded:
         """Features and tokens of images [R, C, height, width], each with an index 0 .. M - 1 of its modality.
@@ -294,10 +326,13 @@ class Clip(nn.Module):
         modalities: int = 1,
         rank: int = 0,
         alpha: float = 1.0,
+        drop_path: float = 0.0,
         grad_checkpoint: bool = False,
     ) -> None:
         super().__init__()
-        self.image = ImageTower(config, modalities=modalities, rank=rank, alpha=alpha, grad_checkpoint=grad_checkpoint)
+        self.image = ImageTower(
+            config, modalities=modalities, rank=rank, alpha=alpha, drop_path=drop_path, grad_checkpoint=grad_checkpoint
+        )
         self.text = TextTower(config, grad_checkpoint=grad_checkpoint)
 
 
