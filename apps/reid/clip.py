@@ -146,8 +146,8 @@ class Tower(nn.Module):
         super().__init__()
         if width % heads:
             raise ValueError(
-                f"{'a text' if causal else 'an image'} tower of width {width} cannot have {heads} heads; the width must "
-                "be a multiple of them"
+                f"{'a text' if causal else 'an image'} tower of width {width} cannot have {heads} heads; the width "
+                "must be a multiple of them"
             )
         self.drop_path = drop_path
         self.grad_checkpoint = grad_checkpoint

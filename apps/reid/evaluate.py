@@ -165,7 +165,7 @@ def protocol_text(people: People, stage: Stage, config: Config) -> str:
     lost = f" ({num_lost:,} without a right image left out)" if num_lost else ""
     rule = "images of the query's person and camera do not count" if camera_rule else "no camera rule"
     modes = list(modes_of(lists))
-    means = f", MM the mean of {' and '.join(modes)}" if len(modes) > 1 else ", MM the mean of the lists"
+    means = f", MM the mean of {', '.join(modes)}" if len(modes) > 1 else ", MM the mean of the lists"
     num_people = torch.unique(people.identity[gallery]).numel()
     return (
         f"{stage} people, cosine, full ranking of {gallery.numel():,} RGB images of {num_people:,} people; "
