@@ -1,7 +1,8 @@
 """The ORL faces as a table that reid reads: people to train on, new people to find, and two modalities derived.
 
     python -m benchmarks.orl_faces ORL_FOLDER runs/orl-faces
-    python -m apps.reid train --config faces --data-path runs/orl-faces/table.csv
+    python -m apps.reid prepare runs/orl-faces/table.csv runs/orl-faces.safetensors --height 56 --width 48
+    python -m apps.reid train --config faces --data-path runs/orl-faces.safetensors
 
 ORL_FOLDER holds s1/1.pgm to s40/10.pgm, 92 x 112 grey pixels. The last `--test` identities are not trained on: their
 images 1 and 2 are queries, 3 to 10 the gallery. The other modalities do not exist for these people: they are derived

@@ -92,8 +92,8 @@ class TrainConfig:
         choices=("kl", "ce"),
     )  # fmt: skip
     temperature: float = knob(0.05, "Temperature of the similarities in sdm.", minimum=1e-4)
-    triplet_weight: float = knob(0.0, "Weight of the triplet loss with the hardest pairs.", minimum=0.0)
-    triplet_margin: float = knob(0.3, "Its margin; 0 is the soft margin.", minimum=0.0)
+    triplet_weight: float = knob(1.0, "Weight of the triplet loss with the hardest pairs.", minimum=0.0)
+    triplet_margin: float = knob(0.0, "Its margin; 0 is the soft margin.", minimum=0.0)
     circle_weight: float = knob(0.0, "Weight of the pairwise circle loss.", minimum=0.0)
     circle_margin: float = knob(0.25, "Its margin.", minimum=0.0, maximum=1.0)
     circle_scale: float = knob(64.0, "Its scale.", above=0.0)
@@ -104,7 +104,7 @@ class TrainConfig:
     pad: int = knob(2, "Pixels around an image that a crop may reach into, beside the pack's margin.", minimum=0)
     erase: float = knob(0.0, "Probability to erase a rectangle.", minimum=0.0, maximum=1.0)
     optimizer: str = knob("adamw", "adam or adamw, fused.", choices=("adam", "adamw"))
-    lr: float = knob(2e-3, "Peak learning rate of fusion, neck and classifier.", minimum=0.0)
+    lr: float = knob(3e-3, "Peak learning rate of fusion, neck and classifier.", minimum=0.0)
     tower_lr: float = knob(
         1.0, "Learning rate of the towers' shared weights, in multiples of --lr; 0 freezes them.", minimum=0.0
     )
