@@ -69,6 +69,9 @@ TESTED = {
     "python -m benchmarks.seqrec_ablation --folder contest-ablation": (
         "--users 40 --items 60 --epochs 1 --seeds 1 --only HSTU"
     ),
+    "python -m apps.seqrec bench --quick": "--budget 0 --data-path ml-1m.txt --only input",
+    "python -m apps.seqrec diagnose": "--budget 0 --data-path ml-1m.txt",
+    "python -m apps.seqrec tune-speed": "--budget 0 --data-path ml-1m.txt",
     "python -m apps.clcrec train": QUICK,
     (
         "python -m apps.clcrec train --model_name='CLCRec' --l_r=0.001 --reg_weight=0.1 --num_workers=4 --num_neg=128 "

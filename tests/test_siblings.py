@@ -34,6 +34,9 @@ FILES = (
     "losses.py",
     "train.py",
     "evaluate.py",
+    "bench.py",
+    "originals.py",
+    "diagnose.py",
     "README.md",
     "configs/default.yaml",
 )
@@ -42,10 +45,12 @@ NAMES = {
     "dataset": ("Batch",),
     "train": ("Components", "build", "loss_fn", "train_epoch", "fit"),
     "evaluate": ("evaluate",),
+    "bench": ("ladder",),
+    "diagnose": ("subject", "open_piece", "candidates", "dials"),
     "main": ("app",),
 }
 SECTIONS = {"data": "DataConfig", "model": "ModelConfig", "training": "TrainConfig"}
-VERBS = ("train", "evaluate", "predict", "prepare", "check", "export")
+VERBS = ("train", "evaluate", "predict", "prepare", "check", "export", "bench", "diagnose", "tune-speed")
 HEADINGS = (
     "What it is",
     "Quick start",

@@ -254,7 +254,7 @@ def test_the_default_preset_holds_the_built_in_defaults():
 @pytest.mark.parametrize("preset", sorted(path.stem for path in main.PRESETS.glob("*.yaml")))
 def test_every_preset_trains(preset, pack, tmp_path):
     copy_pack(pack, tmp_path)
-    data = ("people.safetensors",)
+    data: tuple[str, ...] = ("people.safetensors",)
     if preset == "market":
         data = (write_market(tmp_path / "market").name, "--val-share", "0")
     short = ("--epochs", "1", "--warmup-steps", "0", "--max-steps", "1", *SIZE)
