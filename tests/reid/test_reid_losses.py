@@ -169,7 +169,12 @@ def test_the_total_weighs_the_parts_and_averages_sdm_within_sizes():
     output, label = make_output(subsets=5)
     sizes = [1, 1, 2, 2, 2]
     training = TrainConfig(
-        id_weight=0.5, sdm_weight=2.0, triplet_weight=0.25, circle_weight=0.1, temperature=TEMPERATURE
+        id_weight=0.5,
+        sdm_weight=2.0,
+        triplet_weight=0.25,
+        triplet_margin=0.3,
+        circle_weight=0.1,
+        temperature=TEMPERATURE,
     )
     losses = total(output, label, training, sizes)
     each = sdm(output.rgb_BE, output.query_CBE, label, output.has_CB, temperature=TEMPERATURE, form="kl")
@@ -198,7 +203,7 @@ def test_a_part_without_weight_is_zero(name):
 def test_rgb_alone_is_classified_and_compared_with_rgb():
     output, label = make_output()
     alone = Output(output.rgb_BE, output.query_CBE[:0], output.has_CB[:0], output.logits_FBP[:1])
-    losses = total(alone, label, TrainConfig(triplet_weight=1.0), [])
+    losses = total(alone, label, TrainConfig(triplet_weight=1.0, triplet_margin=0.3), [])
     assert losses.sdm == 0
     torch.testing.assert_close(losses.identity, F.cross_entropy(alone.logits_FBP[0], label, label_smoothing=0.1))
     assert float(losses.triplet) == pytest.approx(
