@@ -63,7 +63,7 @@ from apps.reid.evaluate import (
     uses_camera_rule,
 )
 from apps.reid.images import png_bytes
-from apps.reid.loaders import Batches, Key, Loader, LoaderConfig
+from apps.reid.loaders import PREFETCH, Batches, Key, Loader, LoaderConfig
 from apps.reid.model import Output, ReID
 from apps.reid.originals import (
     DRAWN,
@@ -479,7 +479,9 @@ class Arrangement:
         self.next_key = endless(setting.keys if not values else epoch_keys(c, epoch=0)[: CHUNKS * training.accumulate])
         self.batches = setting.batches(self.on, transform)
         self.draws = planned_batches(c) if "sampling" in on else record_batches(setting, training)
-        settings = LoaderConfig(0, training.prefetch, "transfer" in on and c.device.type == "cuda", None, "")
+        settings = LoaderConfig(
+            0, training.prefetch or PREFETCH, "transfer" in on and c.device.type == "cuda", None, ""
+        )
         self.loader = (Loader if "ahead" in on else InThisThread)(self.batches, settings, c.device)
         self.total = torch.zeros((), device=c.device)
         self.output: Output | None = None

@@ -155,7 +155,9 @@ class TrainConfig:
     num_workers: int = knob(
         0, "Processes that make batches; 0: a thread, which is faster from packs (workers are for JPEG).", minimum=0
     )
-    prefetch: int = knob(2, "Batches made ahead, by the thread or by each worker.", minimum=1)
+    prefetch: int = knob(
+        0, "Batches made ahead, by a thread or by each worker; 0: as fits the device, none on a CPU.", minimum=0
+    )
     start_method: str = knob(
         "auto", "How workers start: fork, spawn, or auto (the platform's).", choices=("auto", "fork", "spawn")
     )

@@ -94,7 +94,7 @@ def candidates(config: Config, people: People) -> list[Candidate]:
     if isinstance(people.images, ImageFiles):
         if training.num_workers < 2:
             found.append(Candidate({"num_workers": 2}, "images decoded by two processes beside the step"))
-        if training.prefetch < 4:
+        if training.num_workers and training.prefetch < 4:
             found.append(Candidate({"prefetch": 4}, "more batches ready when one of them took long"))
     elif training.num_workers:
         found.append(Candidate({"num_workers": 0}, "a thread reads the pack; processes only copy its bytes once more"))
@@ -146,5 +146,6 @@ def dials(config: Config, people: People) -> Sequence[Dial]:
     ]
     if isinstance(people.images, ImageFiles):
         found.append(Dial("num_workers", [n for n in (1, 2, 4, 8) if n > training.num_workers]))
-    found.append(Dial("prefetch", [n for n in (4, 8) if n > training.prefetch]))
+    if training.num_workers or training.device != "cpu":
+        found.append(Dial("prefetch", [n for n in (4, 8) if n > training.prefetch]))
     return found

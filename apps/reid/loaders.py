@@ -27,6 +27,7 @@ Key: TypeAlias = tuple[int, list[int]]  # epoch, and the places of a batch's sam
 
 DROP_STREAM = 31  # and the three after it: nir, cp, sk, text
 WINDOWS_WORKERS = 2
+PREFETCH = 2  # batches ahead, where nothing else is asked for
 WINDOWS_PREFETCH = 1
 # The original's line: Windows optimisation, num_workers is limited to 2 to save what more processes cost.
 WINDOWS_LINE = (
@@ -83,7 +84,7 @@ class LoaderConfig(NamedTuple):
     """Who makes batches, how far ahead, and why so."""
 
     workers: int  # processes; 0: one thread of this process
-    prefetch: int  # batches ahead, of the thread or of each worker
+    prefetch: int  # batches ahead, of the thread or of each worker; 0: no thread, made when they are asked for
     pinned: bool  # in memory from which copies to the GPU do not hold the host up
     start_method: str | None  # of the processes; None: the platform's
     reason: str
@@ -106,10 +107,16 @@ def resolve_loader(training: TrainConfig, images: Images, *, device: torch.devic
     if training.start_method == "fork" and platform == "win32":
         raise ValueError("start_method is fork, which Windows does not have; use --start-method spawn or auto")
     is_files = isinstance(images, ImageFiles)
-    workers, prefetch = training.num_workers, training.prefetch
+    workers, prefetch = training.num_workers, training.prefetch or PREFETCH
     start_method = None if training.start_method == "auto" else training.start_method
     if workers:
         reason = "as asked"
+    elif device.type == "cpu" and not training.prefetch:
+        # a thread's operations have a team of threads of their own, which fights the step's for the cores
+        prefetch = 0
+        reason = "batches are made when they are asked for, since the step needs all cores itself"
+        if is_files:
+            reason += "; --num-workers 2 would decode images beside it, a pack needs no decoding"
     elif is_files:
         reason = "a thread decodes the images; --num-workers 2 would do more of it at a time, a pack needs none of it"
     else:
@@ -145,7 +152,9 @@ class Loader:
 
     def run(self, keys: Sequence[Key]) -> Generator[Batch]:
         """The batches of these keys, on the host. Close it where not all of them are taken: one run at a time."""
-        return self._by_workers(keys) if self._settings.workers else self._by_thread(keys)
+        if self._settings.workers:
+            return self._by_workers(keys)
+        return self._by_thread(keys) if self._settings.prefetch else (self._make(key) for key in keys)
 
     def _by_thread(self, keys: Sequence[Key]) -> Generator[Batch]:
         pool = ThreadPoolExecutor(1, "batches", initializer=_use_device, initargs=(self._device,))

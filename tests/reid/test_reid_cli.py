@@ -310,7 +310,7 @@ def test_the_log_and_the_metrics_tell_the_run(finished):
         "crowd: 9 people (4 to train on, 2 to validate on), 90 rgb, 45 nir, 54 cp, 54 sk images seen in 32 x 16, "
         f"{captions} captions; 2 of 6 training identities drawn to validate on (seed 42); ",
         f"; {STEPS} steps per epoch on ",
-        "loader: workers=0, prefetch=2: a thread reads the pack beside the step",
+        "loader: workers=0, prefetch=0: batches are made when they are asked for",
         "epoch 1: validation MM/mAP ",
         "100.0% of the identities pairable",
         "epoch 2:",

@@ -207,7 +207,8 @@ def test_every_candidate_is_another_configuration_that_can_be_built(tmp_path: Pa
     cases: list[tuple[People, dict[str, Any], set[str]]] = [
         (packed, {"log_every": 1, "norm_every": 1}, {"log_every", "norm_every", "identities_per_batch", "subsets"}),
         (packed, {"grad_checkpoint": True, "num_workers": 1}, {"grad_checkpoint", "num_workers"}),
-        (files, {}, {"num_workers", "prefetch"}),
+        (files, {}, {"num_workers"}),
+        (files, {"num_workers": 1}, {"num_workers", "prefetch"}),
     ]
     for people, flags, expected in cases:
         config = settings(**flags).config

@@ -224,11 +224,31 @@ def resolved(images: Images, *, platform: str = "linux", **training: Any) -> Loa
     return resolve_loader(replace(TrainConfig(), **training), images, device=CPU, platform=platform)
 
 
-def test_a_thread_is_the_default_and_the_reason_is_told(pack: PackedImages, files: ImageFiles):
+def test_a_thread_is_the_default_beside_a_gpu_alone_and_the_reason_is_told(pack: PackedImages, files: ImageFiles):
     packed = resolved(pack)
-    assert packed[:4] == (0, 2, False, None)
-    assert packed.line().startswith("loader: workers=0, prefetch=2: a thread reads the pack")
+    assert packed[:4] == (0, 0, False, None)
+    assert packed.line().startswith("loader: workers=0, prefetch=0: batches are made when they are asked for")
     assert "--num-workers 2" in resolved(files).line()
+    assert resolved(pack, prefetch=3).line().startswith("loader: workers=0, prefetch=3: a thread reads the pack")
+    beside = resolve_loader(TrainConfig(), pack, device=torch.device("cuda"), platform="linux")
+    assert beside[:4] == (0, 2, True, None)
+    assert beside.line().startswith("loader: workers=0, prefetch=2, pinned: a thread reads the pack")
+
+
+def test_without_a_thread_a_batch_is_made_when_it_is_asked_for(pack: PackedImages):
+    batches = batches_of(pack, dropout=0.3)
+    asked: list[Key] = []
+
+    class Watched(Batches):
+        def __getitem__(self, key: Key) -> Batch:
+            asked.append(key)
+            return super().__getitem__(key)
+
+    watched = Watched(batches.samples, EVERY, 0.3)
+    with closing(Loader(watched, THREAD._replace(prefetch=0), CPU).run(KEYS)) as source:
+        first = next(source)
+        assert asked == KEYS[:1]
+        assert equal([first, *source], [batches[key] for key in KEYS])
 
 
 def test_windows_means_two_workers_that_stay_where_workers_are_used(pack: PackedImages, files: ImageFiles):
@@ -238,9 +258,9 @@ def test_windows_means_two_workers_that_stay_where_workers_are_used(pack: Packed
         assert found.line().startswith("loader: workers=2, prefetch=1, persistent, started by spawn: --windows")
     assert resolved(pack, windows=True, num_workers=1).workers == 1
     assert resolved(pack, windows=True, num_workers=2, start_method="fork").start_method == "fork"
-    thread = resolved(pack, windows=True)
-    assert thread[:4] == (0, 2, False, None)
-    assert "--windows has no say here: a thread reads the pack" in thread.line()
+    asked_for = resolved(pack, windows=True)
+    assert asked_for[:4] == (0, 0, False, None)
+    assert "--windows has no say here: batches are made when they are asked for" in asked_for.line()
     assert WINDOWS_LINE.isascii() is False
     assert "num_workers=2" in WINDOWS_LINE
 

@@ -548,7 +548,8 @@ def test_the_host_asks_the_device_for_nothing_between_steps_where_something_is_d
         return found
 
     monkeypatch.setattr(augmentation, "_by_slices", augmentation._by_gather)  # the way that images on a device go
-    c = build(configure(epoch_length="80", log_every=10, norm_every=20, **options), made_up())
+    # batches made by the thread, as beside a GPU: what it does with tensors of the host is no read of a device
+    c = build(configure(epoch_length="80", log_every=10, norm_every=20, prefetch=2, **options), made_up())
     assert reads_of(0, 4) == []
     assert reads_of(11, 6) == []
     assert reads_of(8, 2) == ["tolist"]  # one copy of all that is logged
@@ -610,7 +611,7 @@ def test_what_is_watched_is_in_the_log(tmp_path):
         "\u5f00\u59cb\u7f13\u5b58\u6570\u636e\u96c6\u5143\u4fe1\u606f\uff0c\u517124\u4e2a\u6837\u672c...",
         "\u53ef\u914d\u5bf9ID\u6570: 6 (75.0%)",
         "24 samples of 8 identities, of which 6 (75.0%) have RGB and another modality",
-        "loader: workers=0, prefetch=2: a thread",
+        "loader: workers=0, prefetch=0: batches",
         "75.0% of the identities pairable",
         "to look at: fewer than 80% pairable",
     ):
