@@ -63,7 +63,7 @@ from apps.reid.evaluate import (
     uses_camera_rule,
 )
 from apps.reid.images import png_bytes
-from apps.reid.loaders import PREFETCH, Batches, Key, Loader, LoaderConfig
+from apps.reid.loaders import Batches, Key, Loader, LoaderConfig
 from apps.reid.model import Output, ReID
 from apps.reid.originals import (
     DRAWN,
@@ -419,6 +419,7 @@ def needless(setting: Setting) -> frozenset[str]:
     cases = {
         "clip": training.clip == "off",
         "transfer": setting.device.type != "cuda",
+        "ahead": setting.c.loader.prefetch == 0,  # on a CPU nothing is made ahead, with the switch or without
         "tokens": TEXT not in setting.c.modalities,
         "precision": setting.c.amp.precision == "fp32",
     }
@@ -479,9 +480,7 @@ class Arrangement:
         self.next_key = endless(setting.keys if not values else epoch_keys(c, epoch=0)[: CHUNKS * training.accumulate])
         self.batches = setting.batches(self.on, transform)
         self.draws = planned_batches(c) if "sampling" in on else record_batches(setting, training)
-        settings = LoaderConfig(
-            0, training.prefetch or PREFETCH, "transfer" in on and c.device.type == "cuda", None, ""
-        )
+        settings = LoaderConfig(0, c.loader.prefetch, "transfer" in on and c.device.type == "cuda", None, "")
         self.loader = (Loader if "ahead" in on else InThisThread)(self.batches, settings, c.device)
         self.total = torch.zeros((), device=c.device)
         self.output: Output | None = None
@@ -744,13 +743,13 @@ def workers_part(setting: Setting) -> Part:
     claim = "S4-5, S4-19: loader 1.2x, workers 4 -> 2 on Windows"
     return Part(
         "workers",
-        "loader alone: processes that decode, or a thread that gathers",
+        "loader alone: processes that decode, or a pack that needs none",
         "input",
         "samples",
         (
             Rung("original", f"{first} workers that decode", partial(make, {"tokens"}, first)),
             Rung("two workers", f"{second} workers that decode", partial(make, {"tokens"}, second), claim),
-            Rung("thread", "a thread and the pack", partial(make, {"tokens", "pack", "bytes"}, 0), claim),
+            Rung("pack", "the pack, without processes", partial(make, {"tokens", "pack", "bytes"}, 0), claim),
         ),
     )
 

@@ -300,14 +300,14 @@ def test_what_a_quick_look_leaves_out_can_be_asked_for():
     people = made_up()
     assert not {"workers", "batches", "compile"} & names_of(bench.ladder(configure(), people, quick=True)).keys()
     asked = bench.ladder(configure(), people, quick=True, only=("workers", "reduce-overhead"))
-    assert names_of(asked)["workers"] == ["original", "two workers", "thread"]
+    assert names_of(asked)["workers"] == ["original", "two workers", "pack"]
     assert names_of(asked)["compile"] == ["original", "reduce-overhead"]
 
 
 def test_switches_that_change_nothing_are_in_no_row():
     ladder = names_of(bench.ladder(configure(clip="off"), made_up(others=False)))
     assert ladder["cumulative"] == [
-        "original", "sampling", "logging", "bar", "pack", "ahead", "bytes", "tower", "optimizer"
+        "original", "sampling", "logging", "bar", "pack", "bytes", "tower", "optimizer"
     ]  # fmt: skip
 
 
@@ -339,9 +339,9 @@ def sent(value: Any) -> Any:
     return pickle.loads(pickle.dumps(value))
 
 
-def test_a_thread_gives_every_sample():
+def test_a_pack_gives_every_sample():
     setting = setting_of()
-    run = {rung.name: rung.make for rung in bench.workers_part(setting).rungs}["thread"]()
+    run = {rung.name: rung.make for rung in bench.workers_part(setting).rungs}["pack"]()
     assert run(3) == (24, 3)
 
 
