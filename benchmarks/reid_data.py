@@ -12,10 +12,10 @@ data stage   from 8 x 4 samples with four images each to a batch on the device.
              theirs: every JPEG decoded; resized crop (.8-1) to 224 x 224, flip .5, brightness and contrast .2, float,
              normalised, erasing (.3, area .02-.2), collated; 0 and 2 workers.
              equal work (--equal-work): the same per image, with our size and our augmentations instead.
-             ours: gathered (beside a GPU by a thread) from the pack that `prepare` wrote; on the device flip .5, crop to
-             256 x 128 from 8 + 10 rows and 4 + 10 columns around, erasing (.5, area .02-.4) of the whole batch as uint8, and
-             normalised floats. The model reads the uint8, for normalising is a part of its patch weights; hence rows
-             for both.
+             ours: gathered from the pack that `prepare` wrote, beside a GPU by a thread; on the device flip .5, crop to
+             256 x 128 from 8 + 10 rows and 4 + 10 columns around, erasing (.5, area .02-.4) of the whole batch as
+             uint8, and normalised floats. The model reads the uint8, for normalising is a part of its patch weights;
+             hence rows for both.
 clip         gradients searched for what is not finite, measured and clipped by loops over parameters; ours: one pass
 host reads   how often a step asks the device for a value. theirs: the loops and the figures of the log, with 583
              parameters; what else its model and losses may ask for is not known and not counted. ours: the whole step
