@@ -7,7 +7,6 @@ Protocol (Wei et al., ACM MM 2021): every user with a held-out positive in the g
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from apps.clcrec.config import Config, TrainConfig
 from apps.clcrec.dataset import GROUPS, ColdStart, Group, Stage, group_part, lists_of
 from apps.clcrec.model import CLCRec
+from shared.amp import evaluation_mode
 from shared.device import to_device
 from shared.ranking import Lists, added, finish, metric_sums, rank_relevant, take_rows, top_k
 
@@ -41,17 +41,6 @@ def protocol_text(data: ColdStart, stage: Stage, training: TrainConfig) -> str:
     }[training.mask_value]
     scaled = f", cold scores times {training.cold_scale:g}" if training.cold_scale != 1 else ""
     return f"{stage} positives, full ranking of {groups}, {masked}{scaled}, ties against the model"
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """`model` in evaluation mode inside the block, and in the mode it was in behind it."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def evaluate(

@@ -9,7 +9,6 @@ ones alone and the cold ones alone, as in CLCRec (Wei et al., ACM MM 2021).
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ from apps.graphrec.dataset import Group, Interactions, Stage
 from apps.graphrec.graph import make_graph
 from apps.graphrec.model import FILTERS, GraphFilter, GraphRec
 from shared import distributed
+from shared.amp import evaluation_mode
 from shared.device import to_device
 from shared.ranking import Lists, added, finish, metric_sums, take_rows, top_k
 
@@ -105,17 +105,6 @@ def protocol_text(data: Interactions, stage: Stage) -> str:
         f"{stage} items, full ranking ({'; '.join(parts)}), {excluded} items left out, ties against the model; "
         f"split: {data.split}"
     )
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """`model` in evaluation mode inside the block, and in the mode it was in behind it."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 @torch.no_grad()

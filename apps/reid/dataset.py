@@ -349,24 +349,23 @@ def draw_rows(samples: Samples, place_B: Tensor, *, epoch: int) -> Tensor:
     return torch.cat([samples.row[place_B, None], others_B3], dim=1)
 
 
-def make_batch(samples: Samples, place_B: Tensor, *, epoch: int) -> Batch:
-    """The batch of these samples, images included."""
-    row_B4 = draw_rows(samples, place_B, epoch=epoch)
+def make_batch(samples: Samples, place_B: Tensor, *, epoch: int, keep_B5: Tensor | None = None) -> Batch:
+    """The batch of these samples, images included, without modalities where `keep_B5` ([B, 5] bool) is False."""
+    row_B4, present_B5 = draw_rows(samples, place_B, epoch=epoch), samples.present[place_B]
+    token_BL = samples.token[place_B].long()
+    if keep_B5 is not None:
+        row_B4 = torch.where(keep_B5[:, :-1], row_B4, -1)  # what is left out is not even loaded
+        present_B5, token_BL = present_B5 & keep_B5, token_BL * keep_B5[:, -1:]
     modality_R, slot_R = (row_B4.t() >= 0).nonzero().unbind(1)
     return Batch(
         image=samples.images.load(row_B4[slot_R, modality_R]),
         modality=modality_R,
         slot=slot_R,
-        present=samples.present[place_B],
-        token=samples.token[place_B].long(),
+        present=present_B5,
+        token=token_BL,
         label=samples.label[place_B],
         camera=samples.camera[place_B],
     )
-
-
-def collate(batch: Batch) -> Batch:
-    """The batch itself: `Samples` makes whole batches, so a loader (batch_size None) has nothing to join."""
-    return batch
 
 
 def _packed(tensor: Tensor) -> _Packed:

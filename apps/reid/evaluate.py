@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +30,7 @@ from apps.reid.config import Config
 from apps.reid.dataset import MODALITIES, QUERY_LISTS, RGB, TEXT, People, Queries, Retrieval, Stage
 from apps.reid.model import ReID
 from apps.reid.rerank import ScoreOf, rerank_scores
+from shared.amp import evaluation_mode
 from shared.device import to_device
 from shared.files import read_pack, tensor_crc32, write_pack
 
@@ -85,9 +85,14 @@ class Ranked(NamedTuple):
 # What is searched for
 
 
+def retrieval_of(people: People, stage: Stage) -> Retrieval | None:
+    """What is searched for in that part of the data; None where the data have no such part."""
+    return people.valid if stage == "valid" else people.test
+
+
 def held_out(people: People, stage: Stage) -> Retrieval:
     """Gallery and queries of that stage; raises ValueError where there is nothing to search for or in."""
-    retrieval = people.valid if stage == "valid" else people.test
+    retrieval = retrieval_of(people, stage)
     if retrieval is None:
         repair = "hold some out with --val-share" if stage == "valid" else "use data with a test part"
         raise ValueError(f"{people.name} has nobody for {stage}, so that nothing can be measured; {repair}")
@@ -177,17 +182,6 @@ def protocol_text(people: People, stage: Stage, config: Config) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Features
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """`model` in evaluation mode inside the block, and in the mode it was in behind it."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def needed_items(people: People, stage: Stage, config: Config, *, only: str | None = None) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from apps.reid.config import TrainConfig
-from apps.reid.dataset import MODALITIES, RGB, Batch, ImageFiles, Images, Samples, draw_rows, hash_numbers
+from apps.reid.dataset import MODALITIES, RGB, Batch, ImageFiles, Images, Samples, hash_numbers, make_batch
 
 Key: TypeAlias = tuple[int, list[int]]  # epoch, and the places of a batch's samples
 
@@ -53,17 +53,7 @@ class Batches(Dataset[Batch]):
         samples, place_B = self.samples, torch.tensor(places, dtype=torch.int64)
         keep_B5 = kept_modalities(place_B, self.modality_dropout, seed=samples.seed, epoch=epoch)
         keep_B5 &= torch.isin(torch.arange(len(MODALITIES)), torch.tensor(self.modalities))
-        row_B4 = torch.where(keep_B5[:, :-1], draw_rows(samples, place_B, epoch=epoch), -1)
-        modality_R, slot_R = (row_B4.t() >= 0).nonzero().unbind(1)
-        return Batch(
-            image=samples.images.load(row_B4[slot_R, modality_R]),  # what is left out is not even loaded
-            modality=modality_R,
-            slot=slot_R,
-            present=samples.present[place_B] & keep_B5,
-            token=samples.token[place_B].long() * keep_B5[:, -1:],
-            label=samples.label[place_B],
-            camera=samples.camera[place_B],
-        )
+        return make_batch(samples, place_B, epoch=epoch, keep_B5=keep_B5)
 
 
 def kept_modalities(place_B: Tensor, dropout: float, *, seed: int, epoch: int) -> Tensor:

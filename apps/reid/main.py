@@ -286,9 +286,9 @@ def evaluate(
 ) -> None:
     """Measure a model on validation and test people, list by list, beside raw pixels and chance."""
     from apps.reid.dataset import STAGES
-    from apps.reid.evaluate import baselines, needed_items, protocol_text
+    from apps.reid.evaluate import baselines, needed_items, protocol_text, retrieval_of
     from apps.reid.evaluate import evaluate as measure
-    from apps.reid.train import result_table, retrieval_of
+    from apps.reid.train import result_table
     from shared.files import atomic_write_text
     from shared.progress import Bar
 
@@ -418,7 +418,7 @@ def predict(
 def stage_named(name: str | None, people: "People") -> "Stage":
     """The stage that a flag names, or the last one that the data have."""
     from apps.reid.dataset import STAGES
-    from apps.reid.train import retrieval_of
+    from apps.reid.evaluate import retrieval_of
 
     there = [stage for stage in STAGES if retrieval_of(people, stage) is not None]
     for stage in there:

@@ -30,8 +30,8 @@ from apps.reid.augment import augment, draw_augment
 from apps.reid.clip_weights import load_clip
 from apps.reid.clipping import AdaptiveClip, make_clip
 from apps.reid.config import Config, DataConfig, TrainConfig
-from apps.reid.dataset import MODALITIES, RGB, STAGES, TEXT, Batch, People, Retrieval, Samples, Stage, make_samples
-from apps.reid.evaluate import RERANKED, baselines, evaluate, modes_of, protocol_text, query_lists
+from apps.reid.dataset import MODALITIES, RGB, STAGES, TEXT, Batch, People, Samples, Stage, make_samples
+from apps.reid.evaluate import RERANKED, baselines, evaluate, modes_of, protocol_text, query_lists, retrieval_of
 from apps.reid.loaders import WINDOWS_LINE, Batches, Key, Loader, LoaderConfig, resolve_loader
 from apps.reid.model import Output, ReID, choose_subsets, parameter_groups
 from apps.reid.tokenizer import BYTE_CONTEXT, CONTEXT, BytePairTokenizer, ByteTokenizer, read_tokenizer
@@ -170,11 +170,6 @@ def build(config: Config, people: People, token_CL: Tensor | None = None) -> Com
     )
     learning_rate_factor(components, 0)  # refuses an impossible schedule before anything is written
     return components
-
-
-def retrieval_of(people: People, stage: Stage) -> Retrieval | None:
-    """What is searched for in that part of the data; None where the data have no such part."""
-    return people.valid if stage == "valid" else people.test
 
 
 def check_selection(config: Config, people: People) -> None:

@@ -9,7 +9,6 @@ so `protocol_text` goes with every number.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -34,6 +33,7 @@ from apps.seqrec.dataset import (
     seen_items,
 )
 from apps.seqrec.model import SeqRec
+from shared.amp import evaluation_mode
 from shared.device import to_device
 from shared.distributed import Group, place
 from shared.ranking import Lists, added, finish, metric_sums, rank_relevant, sampled_candidates_rank, top_k
@@ -82,17 +82,6 @@ def evaluated_spans(sequences: Sequences, stage: Stage, *, max_len: int) -> Span
             "validate and test on), so there is nothing to measure; add data"
         )
     return spans
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """`model` without dropout inside the block, and in the mode it was in behind it."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def histories(sequences: Sequences, spans: Spans) -> Lists:

@@ -461,8 +461,9 @@ def write_vectors(
     import torch
 
     from apps.seqrec.dataset import query_spans
-    from apps.seqrec.evaluate import evaluation_mode, queries
+    from apps.seqrec.evaluate import queries
     from apps.seqrec.vectors import write_fbin, write_u64bin
+    from shared.amp import evaluation_mode
 
     folder.mkdir(parents=True, exist_ok=True)
     device, dim = model.item.weight.device, config.model.embed_dim

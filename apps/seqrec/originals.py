@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from apps.seqrec.config import Config
 from apps.seqrec.dataset import Batch, Sequences, Spans, compact, number_within
-from apps.seqrec.evaluate import evaluation_mode, queries
+from apps.seqrec.evaluate import queries
 from apps.seqrec.model import Context, SeqRec, SoftmaxAttention, rotate
+from shared.amp import evaluation_mode
 
 Record = dict[str, Any]
 

@@ -20,7 +20,7 @@ from apps.graphrec import bench, demo, main
 from apps.graphrec.bench import OURS, LightGCN, Notes, Sizes
 from apps.graphrec.config import Config
 from apps.graphrec.dataset import STAGES, Interactions
-from apps.graphrec.evaluate import evaluate, evaluation_mode, held_out, kept
+from apps.graphrec.evaluate import evaluate, held_out, kept
 from apps.graphrec.model import GraphRec
 from apps.graphrec.objective import Step
 from apps.graphrec.originals import (
@@ -38,7 +38,7 @@ from apps.graphrec.originals import (
     plain_triples,
 )
 from apps.graphrec.train import build, epoch_batches
-from shared.amp import amp_step
+from shared.amp import amp_step, evaluation_mode
 from shared.ladder import Ladder
 from shared.ranking import Lists
 from tests.graphrec.test_graphrec_train import configure, topical_data

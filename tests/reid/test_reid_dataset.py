@@ -29,7 +29,6 @@ from apps.reid.dataset import (
     PackedImages,
     People,
     Samples,
-    collate,
     draw_images,
     draw_rows,
     group_images,
@@ -39,6 +38,7 @@ from apps.reid.dataset import (
     make_texts,
 )
 from apps.reid.images import png_bytes
+from apps.reid.loaders import collate
 
 Row = tuple[int, int, int, int, str | None]  # identity, modality, view, camera, caption
 
