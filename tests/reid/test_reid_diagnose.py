@@ -14,8 +14,8 @@ from unittest import mock
 import pytest
 import torch
 
+from apps.reid import dataset, loaders, main
 from apps.reid import diagnose as app
-from apps.reid import loaders, main
 from apps.reid import train as training
 from apps.reid.config import Config
 from apps.reid.dataset import ImageFiles, People, draw_rows, make_texts
@@ -132,7 +132,7 @@ def test_images_drawn_in_python_are_named_first(clock, monkeypatch):
             draw.sample(range(1000), 20)
         return draw_rows(samples, place_B, epoch=epoch)
 
-    monkeypatch.setattr(loaders, "draw_rows", python_draws)
+    monkeypatch.setattr(dataset, "draw_rows", python_draws)
     first = examined(clock)[0].findings[0]
     assert first.kind == "input"
     assert "python_draws (tests/reid/test_reid_diagnose.py:" in first.text
